@@ -1,0 +1,33 @@
+"""Lossless training speed-up by dynamic data pruning: InfoBatch, resident on the GPU.
+
+The exports resolve on first use (PEP 562), so that `InfoBatch` and the kernels need torch alone:
+importing them loads neither DALI nor torchvision nor the command line.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "InfoBatch": "infobatch",
+    "Plan": "infobatch",
+    "Batch": "infobatch",
+    "DaliLoader": "loader",
+    "TorchLoader": "loader",
+}
+__all__ = ["Batch", "DaliLoader", "InfoBatch", "Plan", "TorchLoader", "__version__"]
+
+if TYPE_CHECKING:
+    from infobatch_fast.infobatch import Batch, InfoBatch, Plan
+    from infobatch_fast.loader import DaliLoader, TorchLoader
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

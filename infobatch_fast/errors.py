@@ -1,0 +1,16 @@
+"""What a user did wrong, in one line: the command line prints it and exits with code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's or of their machine; the message names the argument, rule and value."""
+
+
+def unknown_name(argument: str, value: object, known: Iterable[str]) -> str:
+    """The message for a name that is not one of `known`, with the nearest one suggested."""
+    known = list(known)
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{argument} must be one of {', '.join(known)}, got {value}{hint}"

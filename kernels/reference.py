@@ -1,0 +1,103 @@
+"""Every operation of InfoBatch in plain torch: the specification, and what runs today on any device.
+
+Dimensions: N samples, n prunable of them, k of those kept, K = N - n + k kept in all, B batch.
+A score is a sample's last training loss, float32; NaN stands for "not seen yet, or not finite".
+None of these functions waits for the device: the sizes they need are arguments.
+"""
+
+import torch
+from torch import Tensor
+
+
+def threshold(scores: Tensor) -> Tensor:
+    """The mean of the scores seen, rounded up to float32; NaN where none was seen.
+
+    Args:
+        scores: (N,) float32.
+
+    Returns:
+        () float32. Accumulated in float64. Rounding up makes `score < threshold` in float32 the same
+        as comparing with the float64 mean itself, without a float64 copy of the scores.
+    """
+    seen = scores.isfinite()
+    mean = torch.where(seen, scores, 0).sum(dtype=torch.float64) / seen.sum()
+    nearest = mean.float()
+    return torch.where(
+        nearest < mean, nearest.nextafter(torch.full_like(nearest, torch.inf)), nearest
+    )
+
+
+def well_learned(scores: Tensor) -> Tensor:
+    """Samples whose score is below the mean of the scores seen (InfoBatch, section 3.2).
+
+    Args:
+        scores: (N,) float32.
+
+    Returns:
+        (N,) bool; False for a sample not seen.
+    """
+    return (scores < threshold(scores)) & scores.isfinite()
+
+
+def choose(
+    prunable: Tensor, n: int, k: int, weight: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Keep k of the n prunable samples, uniformly without replacement, and all others; shuffle.
+
+    The shuffle is drawn apart from the choice: one permutation for both would put the prunable
+    samples that were kept at the front of the epoch.
+
+    Args:
+        prunable: (N,) bool with n True.
+        n: number of prunable samples, in [0, N].
+        k: number of those to keep, in [0, n].
+        weight: loss weight of the prunable samples kept; all others get 1.
+        generator: of the same device as `prunable`.
+
+    Returns:
+        indices (K,) int64 and weights (K,) float32, in the order of the epoch.
+    """
+    device = prunable.device
+    others = _positions(~prunable, prunable.numel() - n)
+    chosen = torch.randperm(n, generator=generator, device=device)[:k]
+    kept = _positions(prunable, n).index_select(0, chosen)
+    order = torch.randperm(others.numel() + k, generator=generator, device=device)
+    indices = torch.cat([others, kept]).index_select(0, order)
+    weights = torch.ones(order.numel(), dtype=torch.float32, device=device)
+    return indices, weights.masked_fill_(order >= others.numel(), weight)
+
+
+def _positions(mask: Tensor, count: int) -> Tensor:
+    # nonzero() would wait for the device to learn `count`, which the caller knows.
+    return torch.nonzero_static(mask, size=count).view(-1)
+
+
+def rescaled_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """The batch's loss, mean of weight * loss, differentiable in `losses` and not in place.
+
+    Args:
+        losses: (B,) float32 or float64.
+        weights: (B,) float32.
+
+    Returns:
+        () of the dtype of `losses`.
+    """
+    return (losses * weights.to(losses.dtype)).mean()
+
+
+def record(
+    scores: Tensor, indices: Tensor, losses: Tensor, found_inf: Tensor | None = None
+) -> None:
+    """Write a batch's losses into the scores, in place; a non-finite loss becomes NaN.
+
+    Args:
+        scores: (N,) float32, written at `indices`.
+        indices: (B,) int64 without duplicates.
+        losses: (B,) floating.
+        found_inf: () or (1,) float; where it is not 0 the scores stay as they are.
+    """
+    new = losses.detach().to(torch.float32)
+    new = torch.where(new.isfinite(), new, torch.nan)
+    if found_inf is not None:
+        new = torch.where(found_inf != 0, scores.index_select(0, indices), new)
+    scores.index_copy_(0, indices, new)
