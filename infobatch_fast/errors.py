@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake of the user's or of their machine; the message names the argument, rule and value."""
+    """A mistake of the user's or their machine; the message names argument, rule and value."""
 
 
 def unknown_name(argument: str, value: object, known: Iterable[str]) -> str:

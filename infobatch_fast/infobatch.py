@@ -1,6 +1,6 @@
 """InfoBatch: the score of every sample, each epoch's plan drawn from it, and the rescaled loss.
 
-Unbiased dynamic data pruning (Qin et al., ICLR 2024, arXiv:2303.04947) with the state on the device.
+Unbiased dynamic data pruning (Qin et al., ICLR 2024, arXiv:2303.04947), its state on the device.
 Dimensions: N samples, n prunable, k of those kept, K kept in all, B batch, T loss terms a sample.
 """
 
@@ -97,7 +97,7 @@ class InfoBatch:
         device: where the scores live and the plans are drawn; None is CUDA where there is one.
         policy: soft (InfoBatch), random or none.
         rescale: weight the prunable samples that were kept by n/k. False is an ablation.
-        anneal: False prunes to the last epoch, an ablation (delta = 0 stays the full-data baseline).
+        anneal: False prunes to the last epoch, an ablation (delta = 0 stays full-data).
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -201,8 +201,8 @@ class InfoBatch:
         """Record a batch's losses as scores and return the loss to differentiate. No host sync.
 
         Args:
-            losses: one loss a sample, before any reduction: (B,), (B, 1), or (B, T) which is averaged
-                over T; any floating dtype.
+            losses: one loss a sample, before any reduction: (B,), (B, 1), or (B, T), which is
+                averaged over T; any floating dtype.
             batch: the batch that came with the samples.
 
         Returns:
@@ -287,7 +287,7 @@ def per_sample(losses: Tensor, batch_size: int) -> Tensor:
 
 
 def _mix(seed: int, epoch: int) -> int:
-    """A 64-bit generator seed that changes wholly with either argument (two rounds of SplitMix64)."""
+    """A 64-bit generator seed that either argument changes wholly (SplitMix64 twice)."""
     mask = (1 << 64) - 1
     value = 0
     for part in (seed, epoch):

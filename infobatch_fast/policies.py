@@ -1,8 +1,7 @@
 """Which samples an epoch may leave out, as pure functions from scores to a mask.
 
-A policy names the *prunable* samples alone. How many of them are kept, which, with what weight and in
-what order is the same for all of them (`kernels.reference.choose`), so that two policies differ in
-nothing else.
+A policy names the *prunable* samples alone. How many of them are kept, which, with what weight and
+in what order is the same for all (`kernels.reference.choose`): two policies differ in nothing else.
 """
 
 from collections.abc import Callable

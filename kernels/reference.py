@@ -1,4 +1,4 @@
-"""Every operation of InfoBatch in plain torch: the specification, and what runs today on any device.
+"""Every operation of InfoBatch in plain torch: the specification, which runs on any device.
 
 Dimensions: N samples, n prunable of them, k of those kept, K = N - n + k kept in all, B batch.
 A score is a sample's last training loss, float32; NaN stands for "not seen yet, or not finite".
@@ -16,8 +16,8 @@ def threshold(scores: Tensor) -> Tensor:
         scores: (N,) float32.
 
     Returns:
-        () float32. Accumulated in float64. Rounding up makes `score < threshold` in float32 the same
-        as comparing with the float64 mean itself, without a float64 copy of the scores.
+        () float32. Accumulated in float64. Rounding up makes `score < threshold` in float32 the
+        same as comparing with the float64 mean itself, without a float64 copy of the scores.
     """
     seen = scores.isfinite()
     mean = torch.where(seen, scores, 0).sum(dtype=torch.float64) / seen.sum()

@@ -1,0 +1,103 @@
+"""Checkpoints that are whole or not there: atomic save, verified load."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infobatch_fast.errors import UserError
+
+VERSION = 1
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, whatever is killed when.
+
+    Args:
+        path: its folder must exist.
+        content: the whole file.
+
+    Raises:
+        UserError: the disk is full, read-only or failing; the old file is still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        # The rename itself is on disk only when the folder is.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Save a checkpoint: a state of tensors and plain values, which `load` takes back.
+
+    Raises:
+        UserError: it could not be written; an older checkpoint is still there.
+    """
+    save_tensors(path, {"version": VERSION, **state})
+
+
+def save_tensors(path: Path, state: dict[str, Any]) -> None:
+    """Save a dictionary that `torch.load(weights_only=True)` admits.
+
+    Raises:
+        UserError: it could not be written; an older file is still there.
+    """
+    # Through memory: an error of the disk inside torch's writer is no OSError.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Load a checkpoint onto the CPU; executes nothing of it.
+
+    Args:
+        path: the checkpoint's file.
+
+    Raises:
+        UserError: it is missing, unreadable, cut short, no checkpoint, or of another version.
+    """
+    state = load_tensors(path)
+    version = state.get("version")
+    if version != VERSION:
+        raise UserError(f"checkpoint {path} must be of version {VERSION}, got {version}")
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Load a dictionary of tensors and plain values onto the CPU; executes nothing of it.
+
+    Args:
+        path: a file that torch.save wrote.
+
+    Raises:
+        UserError: it is missing, unreadable, cut short, or holds something else.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly every kind for a damaged or hostile file
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"checkpoint {path} cannot be loaded: cut short, damaged, or not a checkpoint "
+            f"({type(error).__name__}: {reason[0][:120] if reason else 'no reason given'})"
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} must hold a dictionary, got {type(state).__name__}")
+    return state

@@ -1,0 +1,276 @@
+"""One run's settings: a frozen dataclass, its presets, and the command line made from it."""
+
+import argparse
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from infobatch_fast.errors import UserError, unknown_name
+from infobatch_fast.infobatch import check_delta, check_ratio
+from infobatch_fast.models import MODELS
+from infobatch_fast.optim import OPTIMIZERS
+from infobatch_fast.policies import POLICIES
+
+DATASETS = ("cifar10", "cifar100", "synthetic")
+AMP = ("bf16", "fp16", "off")
+LOADERS = ("auto", "dali", "torch")
+DEVICES = ("auto", "cuda", "cpu")
+
+# Never written to a run's record: they name places on this machine, or an action.
+UNRECORDED = ("data_dir", "out", "resume", "evaluate")
+# What --resume may change: none of it alters which samples are trained on, or how.
+RESUMABLE = ("data_dir", "device", "loader", "compile", "checkpoint_every", "eval_every")
+
+_FOLDER = tyro.conf.arg(metavar="PATH", help_behavior_hint="")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a CIFAR ResNet with InfoBatch: lossless speed-up by dynamic data pruning.
+
+    The default of every flag is its preset's: paper (the reported recipe) where there is a CUDA
+    device, quick (two minutes on a CPU) where there is none. Exit codes: 0 done, 1 diverged, 2 a
+    mistake in the input or no room on disk or GPU, 130 or 143 stopped by a signal, resumable.
+
+    Attributes:
+        preset: paper or quick; any other flag overrides what it sets.
+        ratio: share of the well-learned samples that an epoch leaves out, in [0, 1).
+        delta: share of the epochs that prune, in [0, 1]; the rest train on all data. 0: full data.
+        policy: which samples may be left out: soft (InfoBatch), random (any seen) or none.
+        rescale: weight the kept well-learned samples so that the expected gradient is unchanged.
+        anneal: train on all data in the last (1 - delta) of the epochs.
+        model: r18, r34, r50, r101 or small.
+        epochs: passes over the (pruned) data.
+        batch_size: samples a step.
+        optimizer: sgd, adam, lars or lamb.
+        max_lr: peak of the one-cycle learning rate.
+        weight_decay: L2 coefficient.
+        label_smoothing: in [0, 1).
+        amp: autocast to bf16 or fp16 (with loss scaling), or off.
+        compile: torch.compile the network; pruned epochs are then cut to whole batches.
+        dataset: cifar10, cifar100 or synthetic (made on the device from the seed); default cifar10.
+        data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
+        loader: dali, torch, or auto: DALI where it can be imported.
+        synthetic_samples: training samples of --dataset synthetic; a fifth as many for testing.
+        synthetic_classes: classes of --dataset synthetic.
+        synthetic_easy: share of easy samples, in [0, 1].
+        synthetic_hard: share of hard samples, in [0, 1].
+        seed: of the initialisation, the plans and the augmentation.
+        device: cuda, cpu, or auto: CUDA where there is one.
+        eval_every: epochs between evaluations on the test set; the last epoch is always evaluated.
+        checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
+        out: the run's folder, new or empty; default runs/<name>.
+        resume: run folder to continue; may change --data-dir, --device, --loader, --compile,
+            --checkpoint-every and --eval-every alone.
+        evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
+    """
+
+    preset: str = "paper"
+    ratio: float = 0.5
+    delta: float = 0.875
+    policy: str = "soft"
+    rescale: bool = True
+    anneal: bool = True
+    model: str = "r50"
+    epochs: int = 200
+    batch_size: int = 200
+    optimizer: str = "lars"
+    max_lr: float = 5.2
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    amp: str = "bf16"
+    compile: bool = False
+    dataset: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
+    data_dir: Annotated[Path | None, _FOLDER] = None
+    loader: str = "auto"
+    synthetic_samples: int = 50_000
+    synthetic_classes: int = 10
+    synthetic_easy: float = 0.5
+    synthetic_hard: float = 0.1
+    seed: int = 0
+    device: str = "auto"
+    eval_every: int = 1
+    checkpoint_every: int = 0
+    out: Annotated[Path | None, _FOLDER] = None
+    resume: Annotated[Path | None, _FOLDER] = None
+    evaluate: Annotated[Path | None, _FOLDER] = None
+
+    def __post_init__(self) -> None:
+        for argument, value, known in (
+            ("preset", self.preset, PRESETS),
+            ("policy", self.policy, POLICIES),
+            ("model", self.model, MODELS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("amp", self.amp, AMP),
+            ("dataset", self.dataset or DATASETS[0], DATASETS),
+            ("loader", self.loader, LOADERS),
+            ("device", self.device, DEVICES),
+        ):
+            if value not in known:
+                raise UserError(unknown_name(argument, value, known))
+        if self.resume is not None and self.evaluate is not None:
+            raise UserError(f"resume and evaluate exclude each other, got both: {self.evaluate}")
+        try:
+            check_ratio(self.ratio)
+            check_delta(self.delta)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        least = {
+            "epochs": 1,
+            "batch_size": 1,
+            "synthetic_samples": 1,
+            "synthetic_classes": 2,
+            "eval_every": 1,
+            "checkpoint_every": 0,
+            "seed": 0,
+        }
+        for argument, bound in least.items():
+            value = getattr(self, argument)
+            if value < bound:
+                raise UserError(f"{argument} must be at least {bound}, got {value}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be below 2**63, got {self.seed}")
+        if not 0 < self.max_lr < math.inf:
+            raise UserError(f"max_lr must be positive and finite, got {self.max_lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        for argument in ("synthetic_easy", "synthetic_hard"):
+            value = getattr(self, argument)
+            if not 0 <= value <= 1:
+                raise UserError(f"{argument} must be in [0, 1], got {value}")
+        if self.synthetic_easy + self.synthetic_hard > 1:
+            raise UserError(
+                "synthetic_easy + synthetic_hard must be at most 1, "
+                f"got {self.synthetic_easy} + {self.synthetic_hard}"
+            )
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings without places and actions, as JSON types."""
+        return {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "quick": {
+        "model": "small",
+        "epochs": 10,
+        "batch_size": 200,
+        "optimizer": "sgd",
+        "max_lr": 0.4,
+        "amp": "off",
+    },
+}
+
+
+def from_record(record: Any) -> Config:
+    """The settings that `Config.recorded` gave.
+
+    Raises:
+        UserError: a setting is unknown, of the wrong type, or out of range.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"the record's config must be an object, got {record!r}")
+    types = {field.name: type(field.default) for field in fields(Config)}
+    for name, value in record.items():
+        if name not in types or name in UNRECORDED:
+            raise UserError(f"the record's config has an unknown setting, got {name}")
+        expected = str if name == "dataset" else types[name]
+        if not isinstance(value, (int, float) if expected is float else expected):
+            raise UserError(f"{name} must be {expected.__name__} in the record, got {value!r}")
+    return Config(**record)
+
+
+def parse(arguments: Sequence[str], *, cuda: bool) -> Config:
+    """The command line's settings; a preset that is not named follows the device.
+
+    Args:
+        arguments: the words after the program's name.
+        cuda: whether there is a CUDA device.
+
+    Raises:
+        UserError: a value is out of range or unknown.
+        SystemExit: with code 2 for a flag that does not parse, 0 after --help.
+    """
+    device = peek(arguments, "device") or "auto"
+    default = "paper" if device == "cuda" or (device == "auto" and cuda) else "quick"
+    preset = peek(arguments, "preset") or default
+    if preset not in PRESETS:
+        raise UserError(unknown_name("preset", preset, PRESETS))
+    return _command_line(arguments, Config(preset=preset, **PRESETS[preset]))
+
+
+def resume_from(arguments: Sequence[str], recorded: Config) -> Config:
+    """The settings of a resumed run: the recorded ones, changed as the command line may.
+
+    Raises:
+        UserError: a flag differs from the record that resuming may not change.
+    """
+    given = _command_line(arguments, recorded)
+    for field in fields(Config):
+        before, after = getattr(recorded, field.name), getattr(given, field.name)
+        if before != after and field.name not in (*RESUMABLE, "resume", "evaluate"):
+            allowed = ", ".join("--" + name.replace("_", "-") for name in RESUMABLE)
+            raise UserError(
+                f"{field.name} must stay {before} on --resume (only {allowed} may change), "
+                f"got {after}"
+            )
+    return given
+
+
+def peek(arguments: Sequence[str], name: str) -> str | None:
+    """The value of one flag, before the rest of the command line is read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}", nargs="?")
+    return getattr(parser.parse_known_args(list(arguments))[0], name)
+
+
+def differences(config: Config, recorded: Any) -> list[str]:
+    """Names of the settings that differ from a record and that resuming may not change."""
+    if not isinstance(recorded, dict):
+        return ["config"]
+    mine = config.recorded()
+    names = sorted({*mine, *recorded}.difference(RESUMABLE))
+    return [name for name in names if mine.get(name) != recorded.get(name)]
+
+
+def settle(config: Config, dataset: str, device: str) -> Config:
+    """The settings with the data set and the device that were found."""
+    return replace(config, dataset=dataset, device=device)
+
+
+def _command_line(arguments: Sequence[str], default: Config) -> Config:
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(
+                Config,
+                prog="python -m infobatch_fast.train",
+                args=list(arguments),
+                default=default,
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise UserError(_one_line(message.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The words of tyro's framed error message, up to its second rule."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    words: list[str] = []
+    rules = 0
+    for line in lines[1:]:
+        if line.startswith("──"):
+            rules += 1
+        if rules == 2 or line.startswith(("For full helptext", "Argument helptext")):
+            break
+        words.append("" if line.startswith("──") else line)
+    return " ".join(" ".join(words).split()) or "the command line does not parse"

@@ -1,0 +1,100 @@
+"""What a run tells its user, as lines of text."""
+
+from pathlib import Path
+from typing import Any
+
+from infobatch_fast.config import Config
+from infobatch_fast.data import Dataset
+
+
+def preset_line(settings: Config, chosen: bool) -> str:
+    """Which preset is taken, why, and how to have the other."""
+    if chosen:
+        return f"preset     {settings.preset}, as asked for"
+    if settings.preset == "quick":
+        return (
+            "preset     quick, a demonstration, as there is no CUDA device to use; "
+            "--preset paper has the reported recipe"
+        )
+    return "preset     paper, the reported recipe; --preset quick has a short demonstration"
+
+
+def header(
+    settings: Config, data: Dataset, device: dict[str, Any], parameters: int, loader: str
+) -> list[str]:
+    """Device, data, model, recipe, and what pruning can save at most."""
+    where = (
+        f"{device['name']}, {device['threads']} threads"
+        if "threads" in device
+        else (f"{device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, CUDA {device['cuda']}")
+    )
+    samples, tests = data.labels.numel(), data.test_labels.numel()
+    precision = {"off": "float32"}.get(settings.amp, f"{settings.amp} autocast")
+    return [
+        f"device     {where}",
+        f"data       {data.name} ({data.source}): {samples:,} training and {tests:,} test images, "
+        f"{data.num_classes} classes, fed by {loader}",
+        f"model      {settings.model}, {parameters:,} parameters, channels_last, {precision}"
+        + (", compiled" if settings.compile else ""),
+        f"recipe     {settings.epochs} epochs, batch {settings.batch_size}, {settings.optimizer}, "
+        f"one-cycle to lr {settings.max_lr:g}, weight decay {settings.weight_decay:g}, "
+        f"label smoothing {settings.label_smoothing:g}, seed {settings.seed}",
+        pruning_line(settings),
+    ]
+
+
+def pruning_line(settings: Config) -> str:
+    """The pruning and its upper bound, delta * ratio * share."""
+    delta = settings.delta if settings.anneal or settings.delta == 0 else 1.0
+    most = delta * settings.ratio
+    if most == 0 or settings.policy == "none":
+        return "pruning    none: every epoch trains on all samples"
+    ablations = [
+        name
+        for name, on in (("no rescaling", settings.rescale), ("no annealing", settings.anneal))
+        if not on
+    ]
+    line = f"pruning    {', '.join([settings.policy, *ablations])}: saves at most "
+    line += f"delta x ratio x share = {delta:g} x {settings.ratio:g} x share = {most:.1%} x share"
+    if settings.policy == "soft":
+        return line + " of the well-learned samples"
+    return line + " of the samples seen (1 after the first epoch)"
+
+
+def epoch_line(line: dict[str, Any], epochs: int, samples: int) -> str:
+    """One epoch: kept, loss, learning rate, accuracy, images/s, seconds, seconds of pruning."""
+    width = len(str(epochs))
+    loss = "   nan" if line["loss"] is None else f"{line['loss']:.4f}"
+    accuracy = "     -" if line["accuracy"] is None else f"{line['accuracy']:6.2%}"
+    seconds = line["train_seconds"] + line["pruning_seconds"]
+    text = (
+        f"epoch {line['epoch']:{width}}/{epochs}  kept {line['kept']:,}/{samples:,}  loss {loss}  "
+        f"lr {line['lr']:.3g}  accuracy {accuracy}  {line['images_per_second']:,.0f} images/s  "
+        f"{seconds:.2f} s  pruning {line['pruning_seconds']:.4f} s"
+    )
+    if line["skipped_steps"]:
+        text += f"  SKIPPED {line['skipped_steps']} non-finite steps"
+    return text
+
+
+def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
+    """The results of a finished run."""
+    full = summary["samples_trained"] + summary["samples_saved"]
+    share = summary["pruning_seconds"] / max(
+        summary["pruning_seconds"] + summary["train_seconds"], 1e-9
+    )
+    lines = [
+        f"accuracy   {summary['accuracy_last']:.2%} after the last epoch; best "
+        f"{summary['accuracy_best']:.2%} (epoch {summary['accuracy_best_epoch']}, picked on the "
+        "test set)",
+        f"time       training {summary['train_seconds']:.1f} s, pruning "
+        f"{summary['pruning_seconds']:.3f} s ({share:.2%} of both), evaluation "
+        f"{summary['evaluation_seconds']:.1f} s, checkpoints {summary['checkpoint_seconds']:.1f} s",
+        f"samples    trained on {summary['samples_trained']:,} of {full:,}; saved "
+        f"{summary['samples_saved']:,} ({summary['saved_share']:.1%})",
+        f"memory     {summary['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
+        f"run        {folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt",
+    ]
+    if summary["data"] != "genuine":
+        lines.append("WARNING: this was SYNTHETIC data; the accuracy says nothing of CIFAR-10")
+    return lines

@@ -1,0 +1,193 @@
+"""One training step: autocast, loss, backward, optimizer, update; the host never waits in it.
+
+A step whose gradients are not all finite changes nothing: no parameter, buffer, optimizer state or
+score. That is decided on the device (`found_inf`, as torch's fused optimizers have it), counted
+there, and read at the epoch's end.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infobatch_fast.infobatch import Batch, InfoBatch
+from infobatch_fast.kernels import reference
+from infobatch_fast.optim import nonfinite, set_schedule
+from infobatch_fast.telemetry import Phases
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INITIAL_SCALE = 2.0**16
+
+
+class Counts(NamedTuple):
+    """What the device counted since the epoch's start, and the skipped steps in a row.
+
+    Attributes:
+        loss: sum of weight * loss over the sum of weights, of the steps taken; NaN if none was.
+        skipped: steps of the epoch that changed nothing.
+        longest: longest row of such steps so far, which may have begun in an earlier epoch.
+    """
+
+    loss: float
+    skipped: int
+    longest: int
+
+
+class TrainStep:
+    """The training step and the device state that belongs to it.
+
+    Args:
+        model: in training mode, on its device, channels_last.
+        optimizer: one of `optim.make_optimizer`.
+        infobatch: takes the scores.
+        amp: bf16, fp16 (with loss scaling) or off.
+        label_smoothing: in [0, 1).
+        compile: torch.compile the model; each batch size is then compiled once.
+        phases: the time of scoring and rescaling is counted there as "update".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        infobatch: InfoBatch,
+        *,
+        amp: str,
+        label_smoothing: float,
+        compile: bool,
+        phases: Phases,
+    ) -> None:
+        self.model, self.optimizer, self.infobatch = model, optimizer, infobatch
+        self.label_smoothing, self.phases = label_smoothing, phases
+        self.forward = torch.compile(model, dynamic=False) if compile else model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        device = self.parameters[0].device
+        self.autocast = torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off")
+        self.buffers = _Guard(model.buffers())
+        self.scaling = amp == "fp16"
+        self.scale = torch.full((), INITIAL_SCALE if self.scaling else 1.0, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+        self.found_inf = torch.zeros((), device=device)
+        # float64: sum of weight * loss, sum of weights, skipped, skipped in a row, longest row
+        self.counts = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
+    ) -> None:
+        """Train on one batch.
+
+        Args:
+            images: (B, C, H, W) float32, channels_last.
+            labels: (B,) int64.
+            batch: the samples' indices and weights.
+            lr: learning rate of this step.
+            momentum: momentum (beta1 of adam and lamb) of this step.
+        """
+        with self.autocast:
+            logits = self.forward(images)
+        losses = F.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
+        )
+        with self.phases("update"):
+            loss = reference.rescaled_mean(losses, batch.weights)
+        (loss * self.scale if self.scaling else loss).backward()
+
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        nonfinite(gradients, self.found_inf, self.scale.reciprocal())
+        set_schedule(self.optimizer, lr, momentum)
+        self.optimizer.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.keep_or_restore(self.found_inf)
+        if self.scaling:
+            torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
+        with self.phases("update"):
+            self.infobatch.record(losses, batch, self.found_inf)
+        self._count(loss.detach(), batch.weights)
+
+    @torch.no_grad()
+    def _count(self, loss: Tensor, weights: Tensor) -> None:
+        skipped = self.found_inf.double()
+        taken = 1 - skipped
+        total = torch.where(skipped == 0, loss.double() * weights.numel(), 0.0)
+        row = (self.counts[3] + 1) * skipped
+        self.counts.copy_(
+            torch.stack(
+                [
+                    self.counts[0] + total,
+                    self.counts[1] + weights.sum(dtype=torch.float64) * taken,
+                    self.counts[2] + skipped,
+                    row,
+                    torch.maximum(self.counts[4], row),
+                ]
+            )
+        )
+
+    def begin_epoch(self) -> None:
+        """Count anew, but for the skipped steps in a row."""
+        self.counts[:3].zero_()
+
+    def read_counts(self) -> Counts:
+        """What was counted since `begin_epoch`; the host waits for the epoch's steps."""
+        total, weight, skipped, _, longest = self.counts.tolist()
+        return Counts(total / weight if weight else math.nan, int(skipped), int(longest))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer, scores, loss scale and counters, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "infobatch": self.infobatch.state_dict(),
+            "scale": self.scale,
+            "growth": self.growth,
+            "counts": self.counts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state of `state_dict()`.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: it is of another model or shape.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.infobatch.load_state_dict(state["infobatch"])
+        for name in ("scale", "growth", "counts"):
+            getattr(self, name).copy_(state[name])
+        self.buffers.keep()
+
+
+class _Guard:
+    """The model's buffers as they were before the step, to go back to without asking the host."""
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in buffers:
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self.groups = []
+        for group in by_dtype.values():
+            good = torch.cat([buffer.reshape(-1) for buffer in group])
+            sizes = [buffer.numel() for buffer in group]
+            now = torch.empty_like(good)
+            views = _split(good, group, sizes), _split(now, group, sizes)
+            self.groups.append((group, good, now, *views))
+
+    def keep(self) -> None:
+        """Take the buffers as they are for good ones."""
+        for buffers, _, _, good_views, _ in self.groups:
+            torch._foreach_copy_(good_views, buffers)
+
+    @torch.no_grad()
+    def keep_or_restore(self, found_inf: Tensor) -> None:
+        """Keep the buffers where found_inf is 0, put the last good ones back where it is not."""
+        for buffers, good, now, good_views, now_views in self.groups:
+            torch._foreach_copy_(now_views, buffers)
+            torch.where(found_inf == 0, now, good, out=good)
+            torch._foreach_copy_(buffers, good_views)
+
+
+def _split(flat: Tensor, like: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    return [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), like, strict=True)]

@@ -1,0 +1,407 @@
+"""The trainer: `python -m infobatch_fast.train --ratio 0.5`."""
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from infobatch_fast import checkpoint, config, console, record
+from infobatch_fast.config import Config
+from infobatch_fast.data import DataMissing, Dataset, default_data_dir, load_cifar, make_synthetic
+from infobatch_fast.errors import UserError
+from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.loader import make_loader
+from infobatch_fast.models import make_model
+from infobatch_fast.optim import make_optimizer, one_cycle
+from infobatch_fast.progress import Diverged, Progress
+from infobatch_fast.step import AUTOCAST, TrainStep
+from infobatch_fast.telemetry import Phases
+
+EVALUATION_BATCH = 1000
+
+
+class Interrupted(Exception):
+    """A signal ended the run; `code` is the exit code."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM, taken over in a `with`: raised at once, in training at a step's end."""
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.received: int | None = None
+
+    def __enter__(self) -> "Interrupts":
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.deferred and self.received is None:
+            self.received = number
+        else:
+            raise Interrupted(number, "stopped at once: what was written last stays")
+
+
+def train(
+    settings: Config,
+    data: Dataset,
+    folder: Path,
+    saved: dict[str, Any] | None,
+    interrupts: Interrupts,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train, keeping the run's folder up to date, and return the summary.
+
+    Args:
+        settings: of the run.
+        data: on its device.
+        folder: the run's, with config.json in it.
+        saved: the checkpoint to continue from.
+        interrupts: looked at after every step.
+        say: shows a line to the user.
+
+    Raises:
+        Diverged: too many steps in a row were not finite.
+        Interrupted: by a signal, with a checkpoint written.
+        UserError: the checkpoint does not fit, or the disk is full.
+    """
+    device, samples, epochs = data.images.device, data.labels.numel(), settings.epochs
+    torch.manual_seed(settings.seed)  # nothing here draws from it; a model with dropout would
+    model = make_model(settings.model, data.num_classes, seed=settings.seed)
+    model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
+    infobatch = InfoBatch(
+        samples,
+        epochs,
+        settings.ratio,
+        settings.delta,
+        settings.seed,
+        device,
+        policy=settings.policy,
+        rescale=settings.rescale,
+        anneal=settings.anneal,
+    )
+    step = TrainStep(
+        model,
+        make_optimizer(
+            settings.optimizer, model, lr=settings.max_lr, weight_decay=settings.weight_decay
+        ),
+        infobatch,
+        amp=settings.amp,
+        label_smoothing=settings.label_smoothing,
+        compile=settings.compile,
+        phases=Phases(device),
+    )
+    loader, note = make_loader(
+        settings.loader,
+        data.images,
+        data.labels,
+        settings.batch_size,
+        mean=data.mean,
+        std=data.std,
+        seed=settings.seed,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    about = record.describe(device), parameters, type(loader).__name__
+    for line in [*console.header(settings, data, *about), *([note] if note else [])]:
+        say(line)
+
+    progress = Progress(step, folder / record.CHECKPOINT, settings)
+    plan, start = (None, 0) if saved is None else progress.restore(saved)
+    record.write_epochs(folder / record.EPOCHS, progress.history)
+    # A compiled network is compiled anew for every batch size: whole batches then.
+    whole = settings.batch_size if settings.compile else None
+    bar = tqdm(disable=not sys.stdout.isatty(), file=sys.stdout, leave=False, unit="step")
+
+    def stop_if_asked() -> None:
+        if interrupts.received:
+            bar.close()
+            raise Interrupted(interrupts.received, f"stopped; continue with --resume {folder}")
+
+    interrupts.deferred = True
+    for epoch in range(progress.epoch, epochs):
+        progress.start_clock()
+        if plan is None:
+            step.begin_epoch()
+            with step.phases("choose"):
+                plan = infobatch.sample(epoch, whole)
+        steps = math.ceil(len(plan) / settings.batch_size)
+        bar.reset(total=steps)
+        bar.update(start)
+        bar.set_description(f"epoch {epoch + 1}/{epochs}")
+
+        model.train()
+        for number, (images, labels, batch) in enumerate(loader.epoch(plan, start), start + 1):
+            step(images, labels, batch, *_schedule(settings, epoch, number, steps))
+            bar.update()
+            asked = settings.checkpoint_every and number % settings.checkpoint_every == 0
+            if asked or interrupts.received:
+                progress.save(plan, number)
+                stop_if_asked()
+        counts = step.read_counts()
+        progress.stop_clock()
+        progress.check_finite(counts.longest)
+
+        accuracy = None
+        if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
+            began = time.perf_counter()
+            accuracy = evaluate(model, data, settings.amp, interrupts)
+            progress.seconds["evaluation_seconds"] += time.perf_counter() - began
+        if interrupts.received:
+            progress.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
+            stop_if_asked()
+        lr, _ = _schedule(settings, epoch, steps, steps)
+        line = progress.close_epoch(plan, counts, lr, accuracy)
+        record.write_epochs(folder / record.EPOCHS, progress.history)
+        say(console.epoch_line(line, epochs, samples))
+        plan, start = None, 0
+        if progress.due() or epoch + 1 == epochs or interrupts.received:
+            progress.save()
+            if epoch + 1 < epochs:
+                stop_if_asked()
+    bar.close()
+    interrupts.deferred = False
+
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    checkpoint.save_tensors(folder / record.WEIGHTS, weights)
+    summary = progress.summary(samples, data.source)
+    record.write_json(folder / record.SUMMARY, summary)
+    return summary
+
+
+def _schedule(settings: Config, epoch: int, number: int, steps: int) -> tuple[float, float]:
+    """Learning rate and momentum of step `number` (from 1) of the `steps` of an epoch."""
+    done = (epoch + (number - 1) / steps) / settings.epochs
+    return one_cycle(done, max_lr=settings.max_lr)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Dataset, amp: str, interrupts: Interrupts | None = None
+) -> float | None:
+    """The share of the test set that the model gets right; None if a signal came first.
+
+    Args:
+        model: on the data's device; left in evaluation mode.
+        data: whose test images are taken.
+        amp: bf16, fp16 or off.
+        interrupts: looked at after every batch.
+    """
+    device = data.test_images.device
+    mean = torch.tensor(data.mean, device=device) * 255
+    scale = 1 / (torch.tensor(data.std, device=device) * 255)
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    model.eval()
+    batches = zip(
+        data.test_images.split(EVALUATION_BATCH),
+        data.test_labels.split(EVALUATION_BATCH),
+        strict=True,
+    )
+    with torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off"):
+        for pixels, labels in batches:
+            images = ((pixels - mean) * scale).permute(0, 3, 1, 2)  # channels_last as it lies
+            right += (model(images).argmax(1) == labels).sum()
+            if interrupts is not None and interrupts.received:
+                return None
+    return right.item() / data.test_labels.numel()  # waits for the evaluation
+
+
+def load_data(settings: Config, device: torch.device, say: Callable[[str], None]) -> Dataset:
+    """The data set, on the device; `quick` without any falls back to a synthetic one, loudly.
+
+    Raises:
+        UserError: there is none, or a file of it is broken.
+    """
+    name = settings.dataset or "cifar10"
+    if name != "synthetic":
+        try:
+            return load_cifar(name, settings.data_dir or default_data_dir()).to(device)
+        except DataMissing as missing:
+            if settings.preset != "quick" or settings.dataset is not None:
+                raise
+            say(f"WARNING: {missing}")
+            say("WARNING: taking SYNTHETIC data instead; the accuracy will say nothing of CIFAR-10")
+    return make_synthetic(
+        settings.synthetic_samples,
+        max(1, settings.synthetic_samples // 5),
+        settings.synthetic_classes,
+        easy=settings.synthetic_easy,
+        hard=settings.synthetic_hard,
+        seed=settings.seed,
+        device=device,
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """The device of --device.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device must be cpu or auto, as torch finds no CUDA device, got cuda")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def run(arguments: Sequence[str], interrupts: Interrupts, say: Callable[[str], None]) -> None:
+    """The command line: train, resume or evaluate.
+
+    Raises:
+        Diverged, Interrupted, UserError: as they say.
+    """
+    evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
+    if evaluated is not None:
+        return evaluate_file(Path(evaluated), arguments, say)
+    if resumed is not None:
+        return resume(Path(resumed), arguments, interrupts, say)
+    settings = config.parse(arguments, cuda=torch.cuda.is_available())
+    say(console.preset_line(settings, config.peek(arguments, "preset") is not None))
+    device = find_device(settings.device)
+    data = load_data(settings, device, say)
+    _check_batch(settings, data)
+    settings = config.settle(settings, data.name, device.type)
+    folder = settings.out or Path("runs") / _name(settings)
+    record.create_folder(folder)
+    about = {"config": settings.recorded(), "data": data.source, **record.provenance(device)}
+    record.write_json(folder / record.CONFIG, about)
+    summary = train(settings, data, folder, None, interrupts, say)
+    for line in console.summary_lines(summary, folder):
+        say(line)
+
+
+def resume(
+    folder: Path, arguments: Sequence[str], interrupts: Interrupts, say: Callable[[str], None]
+) -> None:
+    """Continue a run from its checkpoint, or start it over if it has none.
+
+    Raises:
+        Diverged, Interrupted, UserError: as they say.
+    """
+    recorded = record.read_json(folder / record.CONFIG).get("config")
+    settings = config.resume_from(arguments, config.from_record(recorded))
+    if (folder / record.SUMMARY).exists():
+        summary = record.read_json(folder / record.SUMMARY)
+        say(f"resume     nothing to do: {folder} is complete")
+    else:
+        saved, where = None, "the start, as no checkpoint was written yet"
+        if (folder / record.CHECKPOINT).exists():
+            saved = checkpoint.load(folder / record.CHECKPOINT)
+            where = f"step {saved.get('number')} of epoch {saved.get('epoch', 0) + 1}"
+        say(f"resume     {folder} from {where}")
+        data = load_data(settings, find_device(settings.device), say)
+        _check_batch(settings, data)
+        summary = train(settings, data, folder, saved, interrupts, say)
+    for line in console.summary_lines(summary, folder):
+        say(line)
+
+
+def evaluate_file(path: Path, arguments: Sequence[str], say: Callable[[str], None]) -> None:
+    """Print the test accuracy of a checkpoint, a weights file or a run's folder.
+
+    Raises:
+        UserError: it cannot be loaded, or its run's config.json is not beside it.
+    """
+    if path.is_dir():
+        path = path / record.CHECKPOINT
+    state = checkpoint.load_tensors(path)
+    if "step" in state:
+        recorded, weights = state.get("config"), state["step"]["model"]
+    else:
+        recorded, weights = record.read_json(path.parent / record.CONFIG).get("config"), state
+    settings = config.resume_from(arguments, config.from_record(recorded))
+    # A run of another machine is evaluated on what this one has.
+    device = find_device(config.peek(arguments, "device") or "auto")
+    data = load_data(settings, device, say)
+    model = make_model(settings.model, data.num_classes)
+    try:
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {path} does not fit {settings.model}: {reason}") from None
+    model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
+    accuracy = evaluate(model, data, settings.amp)
+    say(
+        f"test accuracy {accuracy:.2%}: {path}, {settings.model} on the "
+        f"{data.test_labels.numel():,} test images of {data.name} ({data.source})"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+
+    def say(line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    try:
+        with Interrupts() as interrupts:
+            run(arguments, interrupts, say)
+    except UserError as error:
+        return _complain(f"error: {error}", 2)
+    except Diverged as error:
+        return _complain(f"error: {error}", 1)
+    except Interrupted as stop:
+        return _complain(str(stop), stop.code)
+    except BrokenPipeError:
+        # Nobody reads any more; keep Python from complaining of it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _complain(
+            "error: out of memory: lower --batch-size or --synthetic-samples, take a smaller "
+            "--model, or --amp bf16",
+            2,
+        )
+    return 0
+
+
+def _complain(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "out of memory" in text or "can't allocate memory" in text
+
+
+def _check_batch(settings: Config, data: Dataset) -> None:
+    if settings.batch_size > data.labels.numel():
+        raise UserError(
+            f"batch_size must be at most the {data.labels.numel()} training samples, "
+            f"got {settings.batch_size}"
+        )
+
+
+def _name(settings: Config) -> str:
+    pruning = f"{settings.policy}-r{settings.ratio:g}-d{settings.delta:g}"
+    when = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{settings.dataset}-{settings.model}-{pruning}-s{settings.seed}-{when}-{os.getpid()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Shared by the tests: a way to see what an operation asks of the host."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host: item(), bool(), int(), tolist() of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.count += name.startswith(("aten._local_scalar_dense", "aten.nonzero.default"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host_reads():
+    @contextmanager
+    def watch() -> Iterator[HostReads]:
+        with HostReads() as mode:
+            yield mode
+
+    return watch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,160 @@
+"""The command line: presets, overrides, and one line for every mistake."""
+
+import json
+
+import pytest
+
+from infobatch_fast import config
+from infobatch_fast.config import Config
+from infobatch_fast.errors import UserError
+
+
+def test_paper_is_the_reported_recipe() -> None:
+    settings = config.parse(["--preset", "paper"], cuda=False)
+    assert (settings.model, settings.epochs, settings.batch_size) == ("r50", 200, 200)
+    assert (settings.optimizer, settings.max_lr, settings.weight_decay) == ("lars", 5.2, 5e-4)
+    assert (settings.label_smoothing, settings.amp, settings.policy) == (0.1, "bf16", "soft")
+    assert (settings.ratio, settings.delta, settings.rescale, settings.anneal) == (
+        0.5,
+        0.875,
+        True,
+        True,
+    )
+
+
+def test_the_preset_follows_the_device() -> None:
+    assert config.parse([], cuda=True).preset == "paper"
+    assert config.parse([], cuda=False).preset == "quick"
+    assert config.parse(["--device", "cpu"], cuda=True).preset == "quick"
+    assert config.parse(["--device=cuda"], cuda=False).preset == "paper"
+    assert config.parse(["--preset=quick"], cuda=True).preset == "quick"
+
+
+def test_any_flag_overrides_its_preset() -> None:
+    quick = config.parse([], cuda=False)
+    other = config.parse(["--epochs", "3", "--max-lr", "0.1"], cuda=False)
+    assert (other.epochs, other.max_lr, other.model) == (3, 0.1, quick.model)
+    full = [
+        "--model",
+        "r50",
+        "--optimizer",
+        "lars",
+        "--max-lr",
+        "5.2",
+        "--delta",
+        "0.0",
+        "--seed",
+        "0",
+    ]
+    assert config.parse(full, cuda=False).delta == 0
+    pruned = [
+        "--model",
+        "r50",
+        "--optimizer",
+        "lars",
+        "--max_lr",
+        "5.2",
+        "--delta",
+        "0.875",
+        "--ratio",
+        "0.5",
+    ]
+    assert config.parse(pruned, cuda=False).max_lr == 5.2
+    off = config.parse(
+        ["--no-rescale", "--no-anneal", "--policy", "random", "--compile"], cuda=False
+    )
+    assert (off.rescale, off.anneal, off.policy, off.compile) == (False, False, "random", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ratio 1.5", r"ratio must be in \[0, 1\), got 1.5"),
+        ("--ratio 1", r"ratio must be in \[0, 1\), got 1.0"),
+        ("--ratio -0.1", r"ratio must be in \[0, 1\), got -0.1"),
+        ("--ratio nan", r"ratio must be in \[0, 1\), got nan"),
+        ("--delta 1.1", r"delta must be in \[0, 1\], got 1.1"),
+        ("--model r51", r"model must be one of .*, got r51 \(did you mean r50\?\)"),
+        ("--optimizer lasr", r"optimizer must be .*, got lasr \(did you mean lars\?\)"),
+        ("--policy sotf", r"policy must be .*, got sotf \(did you mean soft\?\)"),
+        ("--dataset cifar-10", r"dataset must be .*, got cifar-10 \(did you mean cifar10\?\)"),
+        ("--preset papre", r"preset must be one of paper, quick, got papre \(did you mean paper"),
+        ("--amp bf32", r"amp must be one of bf16, fp16, off, got bf32 \(did you mean bf16\?\)"),
+        ("--loader dail", r"loader must be .*, got dail \(did you mean dali\?\)"),
+        ("--device gpu", r"device must be one of auto, cuda, cpu, got gpu"),
+        ("--epochs 0", "epochs must be at least 1, got 0"),
+        ("--batch-size 0", "batch_size must be at least 1, got 0"),
+        ("--max-lr 0", "max_lr must be positive and finite, got 0.0"),
+        ("--max-lr inf", "max_lr must be positive and finite, got inf"),
+        ("--weight-decay -1", "weight_decay must be at least 0 and finite, got -1.0"),
+        ("--label-smoothing 1", r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ("--seed -1", "seed must be at least 0, got -1"),
+        ("--synthetic-easy 2", r"synthetic_easy must be in \[0, 1\], got 2.0"),
+        ("--synthetic-easy 0.7 --synthetic-hard 0.7", r"synthetic_easy \+ synthetic_hard must be"),
+        ("--ratio abc", "Error parsing --ratio: could not convert string to float: 'abc'"),
+        ("--epochs 1.5", "Error parsing --epochs: invalid literal for int"),
+        ("--ratio", "Missing value for argument '--ratio'"),
+        ("--rato 0.5", "Unrecognized options: --rato, 0.5 Perhaps you meant: --ratio"),
+        ("stray", "Unrecognized options: stray"),
+        ("--resume a --evaluate b", "resume and evaluate exclude each other"),
+    ],
+)
+def test_mistakes(arguments: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}") as error:
+        config.parse(arguments.split(), cuda=False)
+    assert "\n" not in str(error.value)
+
+
+def test_help_reads_well(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        config.parse(["--help"], cuda=False)
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in Config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
+    assert "None" not in text
+    assert "well-learned" in text
+
+
+def test_record_round_trip_names_no_places() -> None:
+    settings = config.parse(
+        ["--out", "/tmp/x", "--data-dir", "/tmp/y", "--ratio", "0.3"], cuda=False
+    )
+    settings = config.settle(settings, "cifar10", "cpu")
+    recorded = json.loads(json.dumps(settings.recorded()))
+    assert "/tmp" not in json.dumps(recorded)
+    again = config.from_record(recorded)
+    assert again.recorded() == recorded
+    assert config.differences(again, recorded) == []
+    assert config.differences(again, {**recorded, "ratio": 0.4, "device": "cuda"}) == ["ratio"]
+    for broken, message in (
+        (None, "config must be an object, got None"),
+        ({"ratio": "a"}, "ratio must be float in the record, got 'a'"),
+        ({"nonsense": 1}, "unknown setting, got nonsense"),
+        ({"out": "x"}, "unknown setting, got out"),
+        ({"ratio": 7}, r"ratio must be in \[0, 1\), got 7"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.from_record(broken)
+
+
+def test_what_resuming_may_change() -> None:
+    recorded = config.settle(config.parse([], cuda=False), "cifar10", "cpu")
+    same = [
+        "--resume",
+        "x",
+        "--ratio",
+        "0.5",
+        "--checkpoint-every",
+        "5",
+        "--loader",
+        "torch",
+        "--eval-every",
+        "2",
+    ]
+    given = config.resume_from(same, recorded)
+    assert (given.checkpoint_every, given.loader, given.eval_every) == (5, "torch", 2)
+    with pytest.raises(UserError, match=r"^ratio must stay 0.5 on --resume \(only --data-dir, "):
+        config.resume_from(["--resume", "x", "--ratio", "0.3"], recorded)
+    with pytest.raises(UserError, match="preset must stay quick"):
+        config.resume_from(["--resume", "x", "--preset", "paper"], recorded)

@@ -1,0 +1,448 @@
+"""`InfoBatch` against a brute-force reference in numpy, its statistics, and its errors."""
+
+import copy
+import pickle
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from infobatch_fast import Batch, InfoBatch, TorchLoader
+from infobatch_fast.infobatch import first_full_epoch, per_sample
+from infobatch_fast.kernels import reference
+
+
+def make(n: int, epochs: int = 8, **kwargs) -> InfoBatch:
+    return InfoBatch(n, epochs, **{"device": "cpu", "delta": 1.0, **kwargs})
+
+
+def with_scores(scores: np.ndarray, **kwargs) -> InfoBatch:
+    infobatch = make(len(scores), **kwargs)
+    infobatch.scores.copy_(torch.from_numpy(scores.astype(np.float32)))
+    return infobatch
+
+
+def brute_well_learned(scores: np.ndarray) -> np.ndarray:
+    finite = [float(s) for s in scores if np.isfinite(s)]
+    mean = sum(Fraction(s) for s in finite) / len(finite) if finite else Fraction(0)
+    return np.array([bool(np.isfinite(s)) and Fraction(float(s)) < mean for s in scores])
+
+
+def check_plan(infobatch: InfoBatch, scores: np.ndarray, epoch: int = 1) -> None:
+    plan = infobatch.sample(epoch)
+    well = brute_well_learned(scores)
+    n = int(well.sum())
+    k = max(1, round((1 - infobatch.ratio) * n)) if n else 0
+    indices, weights = plan.indices.numpy(), plan.weights.numpy()
+    assert plan.num_prunable == n
+    assert len(plan) == len(indices) == len(scores) - n + k
+    assert len(set(indices.tolist())) == len(indices)
+    assert set(np.flatnonzero(~well)) <= set(indices.tolist())
+    kept_well = well[indices]
+    assert kept_well.sum() == k
+    expected = np.where(kept_well, np.float32(n / k if k else 1), np.float32(1))
+    np.testing.assert_array_equal(weights, expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 127, 1000, 50_000])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.7, 0.999])
+def test_sample_against_brute_force(n: int, ratio: float) -> None:
+    rng = np.random.default_rng(n)
+    scores = rng.gamma(1.0, 1.0, n).astype(np.float32)
+    scores[rng.random(n) < 0.1] = np.nan
+    infobatch = with_scores(scores, ratio=ratio)
+    if ratio == 0:
+        plan = infobatch.sample(1)
+        assert sorted(plan.indices.tolist()) == list(range(n))
+        assert (plan.weights == 1).all()
+    else:
+        check_plan(infobatch, scores)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=40),
+    st.floats(0.01, 0.99),
+)
+def test_sample_with_any_scores(scores: list[float], ratio: float) -> None:
+    array = np.array(scores, np.float32)
+    check_plan(with_scores(array, ratio=ratio), array)
+
+
+@pytest.mark.parametrize("value", [0.1, 3.0, 1e-30, 1e30, -2.5])
+def test_equal_scores_prune_nothing(value: float) -> None:
+    plan = with_scores(np.full(50_000, value, np.float32)).sample(1)
+    assert len(plan) == 50_000
+    assert plan.num_prunable == 0
+
+
+def test_threshold_is_the_float64_mean_rounded_up() -> None:
+    # The mean of these lies between two float32 neighbours; both are compared with it exactly.
+    low = np.float32(1.0)
+    high = np.nextafter(low, np.float32(2))
+    scores = np.array([low, high, high], np.float32)
+    assert reference.threshold(torch.from_numpy(scores)).item() == high
+    assert reference.well_learned(torch.from_numpy(scores)).tolist() == [True, False, False]
+    assert torch.isnan(reference.threshold(torch.full((3,), torch.nan)))
+
+
+def test_mean_is_accumulated_in_float64() -> None:
+    scores = np.full(2_000_000, 0.1, np.float32)
+    scores[0] = 0.2
+    check = torch.from_numpy(scores)
+    exact = float(np.sum(scores, dtype=np.float64) / scores.size)
+    assert abs(reference.threshold(check).item() - exact) <= np.spacing(np.float32(exact))
+    assert reference.well_learned(check).sum() == 1_999_999
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 200, 100_000])
+@pytest.mark.parametrize("n", [5, 128, 1003])
+def test_whole_batches_take_the_nearest_count(n: int, batch_size: int) -> None:
+    scores = np.random.default_rng(3).gamma(1.0, 1.0, n).astype(np.float32)
+    for ratio in (0.3, 0.5, 0.9):
+        plan = with_scores(scores, ratio=ratio).sample(1, batch_size)
+        well = brute_well_learned(scores)
+        prunable = int(well.sum())
+        target = (1 - ratio) * prunable
+        whole = [k for k in range(1, prunable + 1) if (n - prunable + k) % batch_size == 0]
+        k = len(plan) - (n - prunable)
+        if whole:
+            assert len(plan) % batch_size == 0
+            assert abs(k - target) == min(abs(other - target) for other in whole)
+        else:
+            assert k == max(1, round(target))
+        kept = plan.weights[torch.from_numpy(well)[plan.indices]]
+        assert kept.numel() == k
+        assert set(kept.tolist()) == {float(np.float32(prunable / k))}
+        assert plan.weights.double().sum().item() == pytest.approx(n, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "delta", "first"),
+    [(200, 0.07, 14), (90, 0.875, 79), (200, 0.875, 175), (10, 0.0, 0), (10, 1.0, 10), (3, 0.5, 2)],
+)
+def test_first_full_epoch(epochs: int, delta: float, first: int) -> None:
+    assert first_full_epoch(epochs, delta) == first
+
+
+@pytest.mark.parametrize(("epochs", "delta"), [(90, 0.875), (7, 0.3), (200, 0.07), (5, 0.0)])
+def test_annealing_epochs_are_full_with_weight_one(epochs: int, delta: float) -> None:
+    scores = np.random.default_rng(0).random(100).astype(np.float32)
+    infobatch = with_scores(scores, epochs=epochs, delta=delta)
+    for epoch in range(epochs):
+        plan = infobatch.sample(epoch)
+        assert plan.epoch == epoch
+        if epoch >= infobatch.first_full_epoch:
+            assert sorted(plan.indices.tolist()) == list(range(100))
+            assert (plan.weights == 1).all()
+        else:
+            assert len(plan) < 100
+            assert (plan.weights > 1).any()
+
+
+def test_ablations() -> None:
+    scores = np.random.default_rng(0).random(1000).astype(np.float32)
+    kwargs = {"epochs": 8, "delta": 0.5}
+    assert len(with_scores(scores, **kwargs).sample(7)) == 1000
+    assert len(with_scores(scores, anneal=False, **kwargs).sample(7)) < 1000
+    assert len(with_scores(scores, anneal=False, delta=0.0).sample(7)) == 1000
+    plan = with_scores(scores, rescale=False, **kwargs).sample(1)
+    assert len(plan) < 1000
+    assert (plan.weights == 1).all()
+    assert len(with_scores(scores, policy="none").sample(1)) == 1000
+
+
+def test_random_policy_draws_from_all_seen() -> None:
+    scores = np.arange(1000, dtype=np.float32)
+    scores[:100] = np.nan
+    plan = with_scores(scores, policy="random", ratio=0.4).sample(1)
+    assert plan.num_prunable == 900
+    assert len(plan) == 100 + 540
+    assert set(range(100)) <= set(plan.indices.tolist())
+    seen = plan.indices >= 100
+    assert set(plan.weights[seen].tolist()) == {float(np.float32(900 / 540))}
+    assert (plan.weights[~seen] == 1).all()
+
+
+def test_choice_is_uniform_without_replacement() -> None:
+    # 12 prunable of 16, 6 kept: inclusion counts and pair counts over many seeds.
+    scores = np.array([0.0] * 12 + [10.0] * 4, np.float32)
+    runs, counts, pairs = 4000, np.zeros(12), np.zeros((12, 12))
+    for seed in range(runs):
+        plan = with_scores(scores, seed=seed).sample(1)
+        kept = np.zeros(12)
+        kept[[i for i in plan.indices.tolist() if i < 12]] = 1
+        assert kept.sum() == 6
+        counts += kept
+        pairs += np.outer(kept, kept)
+    spread = np.sqrt(runs * 0.25)
+    assert np.abs(counts - runs / 2).max() < 4.5 * spread
+    together = 6 * 5 / (12 * 11)
+    off = pairs[~np.eye(12, dtype=bool)]
+    assert np.abs(off - runs * together).max() < 4.5 * np.sqrt(runs * together * (1 - together))
+
+
+def test_order_is_uniform_and_independent_of_the_choice() -> None:
+    scores = np.array([0.0] * 8000 + [10.0] * 2000, np.float32)
+    plan = with_scores(scores).sample(1)
+    prunable = (plan.indices < 8000).numpy()
+    half = len(plan) // 2
+    table = [[prunable[:half].sum(), (~prunable[:half]).sum()]]
+    table.append([prunable[half:].sum(), (~prunable[half:]).sum()])
+    assert stats.chi2_contingency(table)[1] > 1e-4  # the p-value
+    position = np.arange(len(plan))
+    assert abs(stats.spearmanr(position, plan.indices.numpy())[0]) < 4 / np.sqrt(len(plan))
+    # Every order is equally likely: of four samples, and of three where one of 0 and 1 is pruned.
+    for scores, orders in (([1, 1, 1, 1], 24), ([0, 0, 9, 9], 6)):
+        seen: dict[tuple[int, ...], int] = {}
+        for seed in range(4800):
+            drawn = with_scores(np.array(scores), seed=seed).sample(1).indices.tolist()
+            key = tuple(drawn) if orders == 24 else tuple(max(i, 1) for i in drawn)
+            seen[key] = seen.get(key, 0) + 1
+        assert len(seen) == orders
+        assert stats.chisquare(list(seen.values())).pvalue > 1e-4
+
+
+def test_weighted_sum_is_unbiased() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.gamma(1.0, 1.0, 500).astype(np.float32)
+    values = rng.normal(size=500) + 2
+    for kwargs in ({"ratio": 0.5}, {"ratio": 0.7}, {"ratio": 0.3, "policy": "random"}):
+        sums = []
+        for seed in range(1500):
+            plan = with_scores(scores, seed=seed, **kwargs).sample(1)
+            sums.append(float(plan.weights.double() @ torch.from_numpy(values)[plan.indices]))
+        error = np.mean(sums) - values.sum()
+        assert abs(error) < 4 * np.std(sums) / np.sqrt(len(sums))
+        assert np.std(sums) > 0
+
+
+def test_epochs_and_seeds_draw_independently() -> None:
+    scores = np.array([0.0] * 2000 + [10.0] * 100, np.float32)
+
+    def kept(seed: int, epoch: int) -> np.ndarray:
+        plan = with_scores(scores, seed=seed).sample(epoch)
+        mask = np.zeros(2000, bool)
+        mask[[i for i in plan.indices.tolist() if i < 2000]] = True
+        return mask
+
+    first = kept(0, 1)
+    assert (first == kept(0, 1)).all()
+    for other in (kept(0, 2), kept(1, 1), kept(1, 0), kept(2**62, 1)):
+        agree = (first == other).mean()
+        assert abs(agree - 0.5) < 4 * 0.5 / np.sqrt(2000)
+
+
+def test_global_generators_are_left_alone() -> None:
+    torch_state, numpy_state = torch.get_rng_state(), str(np.random.get_state())
+    python_state = random.getstate()
+    infobatch = with_scores(np.random.default_rng(0).random(100))
+    infobatch.update(torch.rand(10, generator=torch.Generator()), infobatch.sample(1).batch(0, 10))
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert numpy_state == str(np.random.get_state())
+    assert python_state == random.getstate()
+    torch.manual_seed(5)
+    before = infobatch.sample(2).indices
+    torch.manual_seed(6)
+    assert torch.equal(before, infobatch.sample(2).indices)
+
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", ["B", "B1", "BT"])
+def test_update_against_brute_force(dtype: torch.dtype, shape: str) -> None:
+    rng = np.random.default_rng(7)
+    infobatch = with_scores(rng.gamma(1.0, 1.0, 60), ratio=0.6)
+    scores = infobatch.scores.numpy().copy()
+    terms = {"B": 1, "B1": 1, "BT": 5}[shape]
+    for batch in infobatch.sample(1).batches(16):
+        b = batch.indices.numel()
+        values = torch.from_numpy(rng.gamma(1.0, 1.0, (b, terms))).to(dtype)
+        losses = (values[:, 0] if shape == "B" else values).clone().requires_grad_()
+        loss = infobatch.update(losses, batch)
+        loss.backward()
+        mean = values.double().numpy().mean(1)
+        weights = batch.weights.double().numpy()
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        tolerance = TOLERANCE[dtype]
+        np.testing.assert_allclose(loss.item(), (weights * mean).mean(), rtol=max(tolerance, 1e-6))
+        expected = np.repeat(weights[:, None] / b / terms, terms, axis=1)
+        assert losses.grad is not None
+        grad = losses.grad.double().numpy().reshape(b, terms)
+        np.testing.assert_allclose(grad, expected, rtol=tolerance)
+        scores[batch.indices.numpy()] = mean
+    np.testing.assert_allclose(infobatch.scores.numpy(), scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_non_finite_losses_become_nan(dtype: torch.dtype) -> None:
+    infobatch = make(5)
+    batch = Batch(torch.arange(4), torch.ones(4))
+    values = [1.0, float("nan"), float("inf"), -float("inf")]
+    infobatch.update(torch.tensor(values, dtype=dtype), batch)
+    assert infobatch.scores[0] == 1
+    assert infobatch.scores.isnan().tolist() == [False, True, True, True, True]
+    infobatch.update(torch.tensor([1e300] * 4, dtype=torch.float64), batch)
+    assert infobatch.scores.isnan().all()
+
+
+def test_found_inf_keeps_the_scores() -> None:
+    infobatch = with_scores(np.arange(4.0))
+    batch = Batch(torch.tensor([2, 1]), torch.ones(2))
+    infobatch.record(torch.tensor([9.0, 8.0]), batch, torch.ones(()))
+    assert infobatch.scores.tolist() == [0, 1, 2, 3]
+    infobatch.record(torch.tensor([9.0, 8.0]), batch, torch.zeros(1))
+    assert infobatch.scores.tolist() == [0, 8, 9, 3]
+
+
+def test_one_host_read_a_pruned_epoch_and_none_elsewhere(host_reads) -> None:
+    infobatch = with_scores(np.random.default_rng(0).random(1000), delta=0.5)
+    with host_reads() as reads:
+        plan = infobatch.sample(1, 32)
+    assert reads.count == 1
+    with host_reads() as reads:
+        infobatch.sample(7)
+        for batch in plan.batches(64):
+            infobatch.update(torch.ones(batch.indices.numel(), dtype=torch.float16), batch)
+    assert reads.count == 0
+
+
+def test_three_line_form() -> None:
+    images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (40,))
+    loader = TorchLoader(images, labels, 16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 3))
+    infobatch = InfoBatch(
+        num_samples=40, num_epochs=4, ratio=0.5, delta=0.875, seed=0, device="cpu"
+    )
+    for epoch in range(4):
+        plan = infobatch.sample(epoch)
+        for images_, labels_, batch in loader.epoch(plan):
+            losses = torch.nn.functional.cross_entropy(model(images_), labels_, reduction="none")
+            loss = infobatch.update(losses, batch)
+            loss.backward()
+            assert torch.equal(infobatch.scores[batch.indices], losses.detach())
+        assert len(plan) <= 40
+    assert infobatch.scores.isfinite().all()
+
+
+def test_state_round_trip(tmp_path) -> None:
+    infobatch = with_scores(np.random.default_rng(0).random(50), seed=4)
+    infobatch.scores[3] = torch.nan
+    torch.save(infobatch.state_dict(), tmp_path / "state")
+    other = make(50, seed=4)
+    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    assert torch.equal(infobatch.scores.view(torch.int32), other.scores.view(torch.int32))
+    assert torch.equal(infobatch.sample(2).indices, other.sample(2).indices)
+    state = infobatch.state_dict()
+    infobatch.scores.fill_(1)
+    assert state["scores"][0] != 1
+
+
+def test_state_of_another_kind_changes_nothing() -> None:
+    state = with_scores(np.arange(5.0), ratio=0.3).state_dict()
+    infobatch = make(5, ratio=0.5)
+    with pytest.raises(ValueError, match=r"^ratio of the state must be 0.5, got 0.3$"):
+        infobatch.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^scores must have shape \(6,\), got \(5,\)$"):
+        make(6).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^state version must be 1, got 99$"):
+        infobatch.load_state_dict({**state, "version": 99})
+    with pytest.raises(ValueError, match=r"^scores must be float32, got torch.float64$"):
+        infobatch.load_state_dict({**state, "scores": state["scores"].double()})
+    assert infobatch.scores.isnan().all()
+    infobatch.load_state_dict(state, strict=False)
+    assert infobatch.scores.tolist() == [0, 1, 2, 3, 4]
+    assert infobatch.ratio == 0.5
+
+
+def test_copies_are_independent() -> None:
+    infobatch = with_scores(np.arange(5.0))
+    for other in (copy.deepcopy(infobatch), pickle.loads(pickle.dumps(infobatch))):
+        assert torch.equal(other.sample(1).indices, infobatch.sample(1).indices)
+        other.scores.fill_(0)
+        assert infobatch.scores.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ratio": 1.0}, r"ratio must be in \[0, 1\), got 1.0"),
+        ({"ratio": -0.1}, r"ratio must be in \[0, 1\), got -0.1"),
+        ({"ratio": float("nan")}, r"ratio must be in \[0, 1\), got nan"),
+        ({"delta": 1.1}, r"delta must be in \[0, 1\], got 1.1"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
+        ({"num_samples": 1.5}, "num_samples must be a whole number of at least 1, got 1.5"),
+        ({"num_epochs": True}, "num_epochs must be a whole number of at least 1, got True"),
+        (
+            {"policy": "sotf"},
+            r"policy must be one of soft, random, none, got sotf \(did you mean soft\?\)",
+        ),
+    ],
+)
+def test_bad_arguments(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        InfoBatch(**{"num_samples": 10, "num_epochs": 10, "device": "cpu", **kwargs})
+
+
+def test_bad_calls() -> None:
+    infobatch = make(10, epochs=8)
+    with pytest.raises(ValueError, match=r"^epoch must be in \[0, 8\), got 8$"):
+        infobatch.sample(8)
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
+        infobatch.sample(0, 0)
+    batch = infobatch.sample(0).batch(0, 4)
+    with pytest.raises(ValueError, match=r'reduction="none"\), got shape \(\)'):
+        infobatch.update(torch.tensor(1.0), batch)
+    with pytest.raises(ValueError, match=r"one loss per sample of the batch of 4 .* \(3,\)"):
+        infobatch.update(torch.ones(3), batch)
+    with pytest.raises(TypeError, match=r"^losses must be floating, got torch.int64$"):
+        infobatch.update(torch.ones(4, dtype=torch.int64), batch)
+    assert infobatch.scores.isnan().all()
+
+
+def test_a_batch_of_one_may_be_squeezed() -> None:
+    infobatch = make(10)
+    infobatch.update(torch.tensor(2.0), infobatch.sample(0).batch(0, 1))
+    assert infobatch.scores.isfinite().sum() == 1
+    assert per_sample(torch.tensor(2.0), 1).shape == (1,)
+
+
+@pytest.mark.gpu
+def test_no_sync_in_update_and_one_an_epoch_on_cuda() -> None:
+    infobatch = InfoBatch(50_000, 8, delta=0.5)
+    infobatch.scores.uniform_()
+    plan = infobatch.sample(1)
+    losses = torch.rand(200, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        infobatch.update(losses, plan.batch(0, 200)).backward()
+        infobatch.sample(7)
+        reference.choose(infobatch.scores < 0.5, 0, 0, 1.0, torch.Generator("cuda"))
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            infobatch.sample(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_brute_force() -> None:
+    scores = np.random.default_rng(0).gamma(1.0, 1.0, 50_000).astype(np.float32)
+    infobatch = InfoBatch(len(scores), 8, device="cuda")
+    infobatch.scores.copy_(torch.from_numpy(scores))
+    plan = infobatch.sample(1)
+    well = brute_well_learned(scores)
+    n = int(well.sum())
+    indices = plan.indices.cpu().numpy()
+    assert len(set(indices.tolist())) == len(indices) == 50_000 - n + round(0.5 * n)
+    assert set(np.flatnonzero(~well)) <= set(indices.tolist())
+    kept = well[indices]
+    weights = np.where(kept, np.float32(n / kept.sum()), np.float32(1))
+    np.testing.assert_array_equal(plan.weights.cpu().numpy(), weights)

@@ -1,0 +1,232 @@
+"""The training step: what it computes, and that a step that is not finite changes nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infobatch_fast import Batch, InfoBatch
+from infobatch_fast.models import make_model
+from infobatch_fast.optim import OPTIMIZERS, make_optimizer
+from infobatch_fast.step import TrainStep
+from infobatch_fast.telemetry import Phases
+
+
+def make_step(optimizer: str = "sgd", amp: str = "off", device: str = "cpu", **kwargs) -> TrainStep:
+    model = make_model("small", 10, seed=1)
+    model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
+    return TrainStep(
+        model,
+        make_optimizer(optimizer, model, lr=0.1, weight_decay=5e-4),
+        InfoBatch(64, 4, device=device),
+        **{
+            "amp": amp,
+            "label_smoothing": 0.1,
+            "compile": False,
+            "phases": Phases(torch.device(device)),
+            **kwargs,
+        },
+    )
+
+
+def make_batch(seed: int = 0, size: int = 16, device: str = "cpu") -> tuple[Tensor, Tensor, Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (size,), generator=generator)
+    indices = torch.randperm(64, generator=generator)[:size]
+    weights = torch.where(torch.arange(size) % 2 == 0, 2.0, 1.0)
+    batch = Batch(indices.to(device), weights.to(device))
+    return images.to(device), labels.to(device), batch
+
+
+def everything(step: TrainStep) -> list[Tensor]:
+    tensors = [*step.model.state_dict().values(), step.infobatch.scores]
+    for state in step.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def assert_same(before: list[Tensor], after: list[Tensor]) -> None:
+    assert len(before) == len(after)
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5))
+
+
+def test_step_against_plain_torch() -> None:
+    step = make_step()
+    model = copy.deepcopy(step.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    total = weight = 0.0
+    for seed in range(4):
+        images, labels, batch = make_batch(seed)
+        lr, momentum = 0.1 * (seed + 1), 0.95 - 0.02 * seed
+        step(images, labels, batch, lr, momentum)
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+        losses = F.cross_entropy(model(images), labels, reduction="none", label_smoothing=0.1)
+        loss = (losses * batch.weights).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(step.infobatch.scores[batch.indices], losses.detach())
+        total += loss.item() * 16
+        weight += batch.weights.sum().item()
+    for mine, theirs in zip(
+        step.model.state_dict().values(), model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    counts = step.read_counts()
+    assert counts.loss == pytest.approx(total / weight, rel=1e-5)
+    assert (counts.skipped, counts.longest) == (0, 0)
+    step.begin_epoch()
+    assert step.read_counts().loss != step.read_counts().loss  # NaN: no step was taken
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_step_changes_nothing(optimizer: str, first: bool, value: float) -> None:
+    step, clean = make_step(optimizer), make_step(optimizer)
+    if not first:
+        step(*make_batch(0), 0.01, 0.9)
+        clean(*make_batch(0), 0.01, 0.9)
+    before = everything(step)
+    images, labels, batch = make_batch(1)
+    images[3, 1, 4, 4] = value
+    step(images, labels, batch, 0.01, 0.9)
+    after = everything(step)
+    common = len(step.model.state_dict()) + 1
+    assert_same(before[:common], after[:common])
+    if not first:
+        assert_same(before, after)
+    assert step.read_counts().skipped == 1
+    # What follows is what would have followed without it, bit for bit.
+    for seed in (2, 3):
+        step(*make_batch(seed), 0.02, 0.9)
+        clean(*make_batch(seed), 0.02, 0.9)
+    assert_same(everything(clean), everything(step))
+
+
+def test_rows_of_skipped_steps_are_counted() -> None:
+    step = make_step()
+    bad = make_batch(0)
+    bad[0][0, 0, 0, 0] = float("nan")
+    for kind in "bbgbbbg":
+        step(*(bad if kind == "b" else make_batch(1)), 0.01, 0.9)
+    counts = step.read_counts()
+    assert (counts.skipped, counts.longest) == (5, 3)
+    step.begin_epoch()
+    step(*bad, 0.01, 0.9)
+    assert step.read_counts()[1:] == (1, 3)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_host_read_in_the_step(amp: str, optimizer: str, host_reads) -> None:
+    step = make_step(optimizer, amp)
+    step(*make_batch(0), 0.01, 0.9)
+    with host_reads() as reads:
+        step(*make_batch(1), 0.01, 0.9)
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast_learns_like_float32(amp: str) -> None:
+    losses = {}
+    for mode in ("off", amp):
+        step = make_step("sgd", mode)
+        for _ in range(12):
+            step(*make_batch(0, 32), 0.05, 0.9)
+        losses[mode] = step.read_counts().loss
+        assert step.read_counts().skipped == 0
+    assert losses[amp] == pytest.approx(losses["off"], rel=0.05)
+
+
+def test_float16_scale_falls_and_recovers() -> None:
+    step = make_step("sgd", "fp16")
+    step.scale.fill_(2.0**40)
+    before = everything(step)
+    step(*make_batch(0), 0.01, 0.9)
+    assert step.scale.item() == 2.0**39
+    assert_same(before[:-1], everything(step)[: len(before) - 1])
+    while step.scale.item() > 2.0**14:
+        step(*make_batch(0), 0.01, 0.9)
+        if step.growth.item() == 1:
+            break
+    step.growth.fill_(1999)
+    scale = step.scale.item()
+    step(*make_batch(1), 0.01, 0.9)
+    assert step.scale.item() == 2 * scale
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_continues_bit_for_bit(optimizer: str, tmp_path) -> None:
+    step = make_step(optimizer, "off")
+    for seed in range(3):
+        step(*make_batch(seed), 0.01, 0.9)
+    torch.save(step.state_dict(), tmp_path / "state")
+    other = make_step(optimizer, "off")
+    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    for seed in range(3, 6):
+        step(*make_batch(seed), 0.02, 0.88)
+        other(*make_batch(seed), 0.02, 0.88)
+    assert_same(everything(step), everything(other))
+    assert step.read_counts() == other.read_counts()
+
+
+@pytest.mark.slow
+def test_compiled_step_learns_the_same() -> None:
+    plain, compiled = make_step(), make_step(compile=True)
+    for seed in range(3):
+        plain(*make_batch(seed), 0.05, 0.9)
+        compiled(*make_batch(seed), 0.05, 0.9)
+    assert list(compiled.state_dict()["model"]) == list(plain.state_dict()["model"])
+    assert compiled.read_counts().loss == pytest.approx(plain.read_counts().loss, rel=1e-3)
+
+
+def test_a_model_without_buffers() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    step = TrainStep(
+        model,
+        make_optimizer("lars", model, lr=0.1, weight_decay=0.0),
+        InfoBatch(64, 4, device="cpu"),
+        amp="off",
+        label_smoothing=0.0,
+        compile=False,
+        phases=Phases(torch.device("cpu")),
+    )
+    step(*make_batch(0), 0.1, 0.9)
+    assert step.read_counts().skipped == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_no_sync_in_the_step_on_cuda(optimizer: str, amp: str) -> None:
+    step = make_step(optimizer, amp, "cuda")
+    data = make_batch(0, device="cuda")
+    for _ in range(3):
+        step(*data, 0.01, 0.9)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step(*data, 0.01, 0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.read_counts().loss < 100
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_non_finite_step_changes_nothing_on_cuda(optimizer: str) -> None:
+    step = make_step(optimizer, "bf16", "cuda")
+    step(*make_batch(0, device="cuda"), 0.01, 0.9)
+    before = everything(step)
+    images, labels, batch = make_batch(1, device="cuda")
+    images[3, 1, 4, 4] = float("nan")
+    step(images, labels, batch, 0.01, 0.9)
+    assert_same(before, everything(step))
+    assert step.read_counts().skipped == 1
