@@ -161,8 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "quick": {
         "model": "small",
-        "epochs": 10,
-        "batch_size": 200,
+        "epochs": 8,
         "optimizer": "sgd",
         "max_lr": 0.4,
         "amp": "off",

@@ -31,6 +31,10 @@ def host_reads():
     return watch
 
 
+# The tensors here are small: a second thread gains nothing, and stalls where cores are shared.
+torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

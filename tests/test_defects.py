@@ -38,7 +38,9 @@ def test_1_an_epoch_ends_and_is_drawn_once(drop_last: bool) -> None:
         assert len(plan) < 300  # still pruning, epoch after epoch
         sampler = BatchSampler(plan.indices.tolist(), 32, drop_last=drop_last)
         drawn = [
-            index for batch in DataLoader(range(300), batch_sampler=sampler) for index in batch
+            index
+            for batch in DataLoader(list(range(300)), batch_sampler=sampler)
+            for index in batch
         ]
         expected = plan.indices[: len(plan) // 32 * 32] if drop_last else plan.indices
         assert [int(index) for index in drawn] == expected.tolist()

@@ -18,38 +18,24 @@ from torch import nn
 from infobatch_fast import checkpoint, train
 from infobatch_fast.record import source_hash
 
-TINY = [
-    "--device",
-    "cpu",
-    "--dataset",
-    "synthetic",
-    "--synthetic-samples",
-    "300",
-    "--batch-size",
-    "25",
-    "--epochs",
-    "4",
-    "--loader",
-    "torch",
-    "--max-lr",
-    "0.05",
-]
+TINY = (
+    "--device cpu --dataset synthetic --synthetic-samples 300 --batch-size 25 --epochs 4 "
+    "--max-lr 0.05"
+).split()
 TIMES = re.compile(r"_seconds$|images_per_second")
 
 
 def run_main(*arguments: object) -> int:
-    return train.main([*TINY, *map(str, arguments)])
+    return train.main([*TINY, "--loader", "torch", *map(str, arguments)])
 
 
-def spawn(*arguments: object, **kwargs) -> subprocess.Popen:
-    # One thread a process: the tests compare processes bit for bit, and share two cores.
+def spawn(*arguments: object) -> subprocess.Popen:
+    """The trainer in a process of its own, with its default loader and threads."""
     return subprocess.Popen(
         [sys.executable, "-m", "infobatch_fast.train", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **kwargs,
     )
 
 
