@@ -53,7 +53,9 @@ class Config:
         weight_decay: L2 coefficient.
         label_smoothing: in [0, 1).
         amp: autocast to bf16 or fp16 (with loss scaling), or off.
-        compile: torch.compile the network; pruned epochs are then cut to whole batches.
+        whole_batches: in pruned epochs keep the count nearest to the exact one that leaves no
+            partial batch; a GPU tunes and compiles its kernels anew for each size of one.
+        compile: torch.compile the network; implies --whole-batches.
         dataset: cifar10, cifar100 or synthetic (made on the device from the seed); default cifar10.
         data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
         loader: dali, torch, or auto: DALI where it can be imported.
@@ -85,6 +87,7 @@ class Config:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
     amp: str = "bf16"
+    whole_batches: bool = True
     compile: bool = False
     dataset: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
     data_dir: Annotated[Path | None, _FOLDER] = None
@@ -161,10 +164,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "quick": {
         "model": "small",
-        "epochs": 8,
+        "epochs": 10,
         "optimizer": "sgd",
         "max_lr": 0.4,
         "amp": "off",
+        "whole_batches": False,
     },
 }
 
@@ -241,8 +245,9 @@ def differences(config: Config, recorded: Any) -> list[str]:
 
 
 def settle(config: Config, dataset: str, device: str) -> Config:
-    """The settings with the data set and the device that were found."""
-    return replace(config, dataset=dataset, device=device)
+    """The settings with the data set and the device that were found, as they are recorded."""
+    whole = config.whole_batches or config.compile
+    return replace(config, dataset=dataset, device=device, whole_batches=whole)
 
 
 def _command_line(arguments: Sequence[str], default: Config) -> Config:

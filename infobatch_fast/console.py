@@ -24,7 +24,7 @@ def header(
 ) -> list[str]:
     """Device, data, model, recipe, and what pruning can save at most."""
     where = (
-        f"{device['name']}, {device['threads']} threads"
+        f"{device['name']}, torch threads: {device['threads']}"
         if "threads" in device
         else (f"{device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, CUDA {device['cuda']}")
     )

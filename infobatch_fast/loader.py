@@ -4,7 +4,6 @@
 Dimensions: N samples, K of them in the epoch, B batch, H x W image, C = 3 channels.
 """
 
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from infobatch_fast.augment import augmentation, reflect
 from infobatch_fast.errors import UserError, unknown_name
 
 KINDS = ("auto", "dali", "torch")
@@ -62,44 +62,6 @@ class Epoch(Generic[BatchT]):
         return self._iterate()
 
 
-def augmentation(
-    seed: int, epoch: int, start: int, stop: int, pad: int, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Crop offsets and flips of the positions start to stop of an epoch.
-
-    A pure function of (seed, epoch, position): SplitMix64 (Steele et al., OOPSLA 2014) as a
-    counter-based generator, in integer operations that give the same bits on every device.
-
-    Returns:
-        Rows to skip, (B,) int64 uniform in [0, 2 pad]; columns to skip, the same; flips, (B,) bool.
-    """
-    key = hashlib.blake2b(f"{int(seed)} {int(epoch)}".encode(), digest_size=8).digest()
-    position = torch.arange(start, stop, dtype=torch.int64, device=device)
-    # int64 products wrap around as uint64 ones do; the constants are the published ones less 2^64.
-    bits = position * -0x61C8864680B583EB + int.from_bytes(key, "little", signed=True)
-    bits = (bits ^ _shift_right(bits, 30)) * -0x40A7B892E31B1A47
-    bits = (bits ^ _shift_right(bits, 27)) * -0x6B2FB644ECCEEE15
-    bits = bits ^ _shift_right(bits, 31)
-    # From 24 bits each: no offset is likelier than 1 / (2 pad + 1) by more than 2^-24.
-    offset_y = _shift_right(bits, 40) * (2 * pad + 1) >> 24
-    offset_x = (_shift_right(bits, 16) & 0xFFFFFF) * (2 * pad + 1) >> 24
-    return offset_y, offset_x, (bits & 1).bool()
-
-
-def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """As of unsigned integers; torch's own shift keeps the sign."""
-    return bits >> count & (1 << 64 - count) - 1
-
-
-def _reflect(length: int, pad: int, device: torch.device) -> Tensor:
-    """(length + 2 pad,) int64: the line that each line of the padded image repeats, no edge twice.
-
-    torch has no reflect padding for uint8 on every device, hence by index.
-    """
-    last = length - 1
-    return last - (last - torch.arange(-pad, length + pad, device=device).abs()).abs()
-
-
 def _check(
     images: Tensor,
     labels: Tensor,
@@ -147,9 +109,9 @@ class _Loader:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        seed: int = 0,
-        pad: int = 4,
-        augment: bool = True,
+        seed: int,
+        pad: int,
+        augment: bool,
     ) -> None:
         _check(images, labels, batch_size, mean, std, pad)
         self.batch_size = batch_size
@@ -163,8 +125,8 @@ class _Loader:
         self._std = [255 * value for value in std]
         self._size = height, width = images.shape[1], images.shape[2]
         if self.pad:
-            rows = _reflect(height, self.pad, images.device)
-            columns = _reflect(width, self.pad, images.device)
+            rows = reflect(height, self.pad, images.device)
+            columns = reflect(width, self.pad, images.device)
             images = images[:, rows[:, None], columns]
         # With nothing to pad this is the caller's own tensor: a test set is not held twice.
         self._padded = images.contiguous()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from infobatch_fast.infobatch import Batch, InfoBatch
 from infobatch_fast.kernels import reference
-from infobatch_fast.optim import nonfinite, set_schedule
+from infobatch_fast.optim import nonfinite
+from infobatch_fast.schedule import set_schedule
 from infobatch_fast.telemetry import Phases
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -22,8 +22,9 @@ from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.loader import make_loader
 from infobatch_fast.models import make_model
-from infobatch_fast.optim import make_optimizer, one_cycle
+from infobatch_fast.optim import make_optimizer
 from infobatch_fast.progress import Diverged, Progress
+from infobatch_fast.schedule import one_cycle
 from infobatch_fast.step import AUTOCAST, TrainStep
 from infobatch_fast.telemetry import Phases
 
@@ -86,6 +87,7 @@ def train(
     """
     device, samples, epochs = data.images.device, data.labels.numel(), settings.epochs
     torch.manual_seed(settings.seed)  # nothing here draws from it; a model with dropout would
+    torch.backends.cudnn.benchmark = True
     model = make_model(settings.model, data.num_classes, seed=settings.seed)
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     infobatch = InfoBatch(
@@ -125,62 +127,63 @@ def train(
         say(line)
 
     progress = Progress(step, folder / record.CHECKPOINT, settings)
-    plan, start = (None, 0) if saved is None else progress.restore(saved)
+    plan, start = None, 0
+    if saved is not None:
+        plan, start = progress.restore(saved)
+        say(f"resume     from step {start} of epoch {progress.epoch + 1}")
     record.write_epochs(folder / record.EPOCHS, progress.history)
-    # A compiled network is compiled anew for every batch size: whole batches then.
-    whole = settings.batch_size if settings.compile else None
-    bar = tqdm(disable=not sys.stdout.isatty(), file=sys.stdout, leave=False, unit="step")
+    whole = settings.batch_size if settings.whole_batches else None
+    plain = not sys.stdout.isatty()
 
     def stop_if_asked() -> None:
         if interrupts.received:
-            bar.close()
             raise Interrupted(interrupts.received, f"stopped; continue with --resume {folder}")
 
     interrupts.deferred = True
-    for epoch in range(progress.epoch, epochs):
-        progress.start_clock()
-        if plan is None:
-            step.begin_epoch()
-            with step.phases("choose"):
-                plan = infobatch.sample(epoch, whole)
-        steps = math.ceil(len(plan) / settings.batch_size)
-        bar.reset(total=steps)
-        bar.update(start)
-        bar.set_description(f"epoch {epoch + 1}/{epochs}")
+    with tqdm(disable=plain, file=sys.stdout, leave=False, unit="step") as bar:
+        for epoch in range(progress.epoch, epochs):
+            progress.start_clock()
+            if plan is None:
+                step.begin_epoch()
+                with step.phases("choose"):
+                    plan = infobatch.sample(epoch, whole)
+            steps = math.ceil(len(plan) / settings.batch_size)
+            bar.reset(total=steps)
+            bar.update(start)
+            bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
-        model.train()
-        for number, (images, labels, batch) in enumerate(loader.epoch(plan, start), start + 1):
-            step(images, labels, batch, *_schedule(settings, epoch, number, steps))
-            bar.update()
-            asked = settings.checkpoint_every and number % settings.checkpoint_every == 0
-            if asked or interrupts.received:
-                progress.save(plan, number)
-                stop_if_asked()
-        counts = step.read_counts()
-        progress.stop_clock()
-        progress.check_finite(counts.longest)
+            model.train()
+            for number, (images, labels, batch) in enumerate(loader.epoch(plan, start), start + 1):
+                step(images, labels, batch, *_schedule(settings, epoch, number, steps))
+                bar.update()
+                asked = settings.checkpoint_every and number % settings.checkpoint_every == 0
+                if asked or interrupts.received:
+                    progress.save(plan, number)
+                    stop_if_asked()
+            counts = step.read_counts()
+            progress.stop_clock()
+            progress.check_finite(counts.longest)
 
-        accuracy = None
-        if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
-            began = time.perf_counter()
-            accuracy = evaluate(model, data, settings.amp, interrupts)
-            progress.seconds["evaluation_seconds"] += time.perf_counter() - began
-        if interrupts.received:
-            progress.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
-            stop_if_asked()
-        lr, _ = _schedule(settings, epoch, steps, steps)
-        line = progress.close_epoch(plan, counts, lr, accuracy)
-        record.write_epochs(folder / record.EPOCHS, progress.history)
-        say(console.epoch_line(line, epochs, samples))
-        plan, start = None, 0
-        if progress.due() or epoch + 1 == epochs or interrupts.received:
-            progress.save()
-            if epoch + 1 < epochs:
+            accuracy = None
+            if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
+                began = time.perf_counter()
+                accuracy = evaluate(model, data, settings.amp, interrupts)
+                progress.seconds["evaluation_seconds"] += time.perf_counter() - began
+            if interrupts.received:
+                progress.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
                 stop_if_asked()
-    bar.close()
+            lr, _ = _schedule(settings, epoch, steps, steps)
+            line = progress.close_epoch(plan, counts, lr, accuracy)
+            record.write_epochs(folder / record.EPOCHS, progress.history)
+            say(console.epoch_line(line, epochs, samples))
+            plan, start = None, 0
+            if progress.due() or epoch + 1 == epochs or interrupts.received:
+                progress.save()
+                if epoch + 1 < epochs:
+                    stop_if_asked()
     interrupts.deferred = False
 
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     checkpoint.save_tensors(folder / record.WEIGHTS, weights)
     summary = progress.summary(samples, data.source)
     record.write_json(folder / record.SUMMARY, summary)
@@ -251,7 +254,7 @@ def load_data(settings: Config, device: torch.device, say: Callable[[str], None]
 
 
 def find_device(name: str) -> torch.device:
-    """The device of --device.
+    """The device of --device; on a CPU torch leaves one core to the loader and the system.
 
     Raises:
         UserError: CUDA was asked for and there is none.
@@ -259,6 +262,12 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device must be cpu or auto, as torch finds no CUDA device, got cuda")
     if name == "cpu" or not torch.cuda.is_available():
+        # OpenMP's threads wait for each other spinning: with all cores taken, another process on
+        # one of them slowed training 2 to 12 times; with one core left, by a third at most.
+        if "OMP_NUM_THREADS" not in os.environ:
+            known = hasattr(os, "sched_getaffinity")
+            cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -303,11 +312,11 @@ def resume(
         summary = record.read_json(folder / record.SUMMARY)
         say(f"resume     nothing to do: {folder} is complete")
     else:
-        saved, where = None, "the start, as no checkpoint was written yet"
+        saved = None
         if (folder / record.CHECKPOINT).exists():
             saved = checkpoint.load(folder / record.CHECKPOINT)
-            where = f"step {saved.get('number')} of epoch {saved.get('epoch', 0) + 1}"
-        say(f"resume     {folder} from {where}")
+        else:
+            say("resume     from the start, as no checkpoint was written yet")
         data = load_data(settings, find_device(settings.device), say)
         _check_batch(settings, data)
         summary = train(settings, data, folder, saved, interrupts, say)
@@ -319,16 +328,20 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Callable[[str], Non
     """Print the test accuracy of a checkpoint, a weights file or a run's folder.
 
     Raises:
-        UserError: it cannot be loaded, or its run's config.json is not beside it.
+        UserError: it cannot be loaded, or is of another model than the settings beside it say.
     """
     if path.is_dir():
         path = path / record.CHECKPOINT
     state = checkpoint.load_tensors(path)
-    if "step" in state:
-        recorded, weights = state.get("config"), state["step"]["model"]
-    else:
-        recorded, weights = record.read_json(path.parent / record.CONFIG).get("config"), state
-    settings = config.resume_from(arguments, config.from_record(recorded))
+    about = path.parent / record.CONFIG
+    if isinstance(state.get("step"), dict):
+        weights = state["step"].get("model")
+        settings = config.resume_from(arguments, config.from_record(state.get("config")))
+    elif about.exists():
+        weights, recorded = state, record.read_json(about).get("config")
+        settings = config.resume_from(arguments, config.from_record(recorded))
+    else:  # weights from elsewhere: the command line says of which model
+        weights, settings = state, config.parse(arguments, cuda=torch.cuda.is_available())
     # A run of another machine is evaluated on what this one has.
     device = find_device(config.peek(arguments, "device") or "auto")
     data = load_data(settings, device, say)

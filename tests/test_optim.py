@@ -1,4 +1,4 @@
-"""LARS and LAMB against plain loops, skipped steps, state, and the one-cycle schedule."""
+"""LARS and LAMB against plain loops, skipped steps, and state."""
 
 import copy
 import io
@@ -12,15 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infobatch_fast.errors import UserError
-from infobatch_fast.optim import (
-    LAMB,
-    LARS,
-    OPTIMIZERS,
-    make_optimizer,
-    nonfinite,
-    one_cycle,
-    set_schedule,
-)
+from infobatch_fast.optim import LAMB, LARS, OPTIMIZERS, make_optimizer, nonfinite
+from infobatch_fast.schedule import set_schedule
 
 # Relative to the largest element, after 25 steps.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
@@ -490,41 +483,6 @@ def test_make_optimizer():
             make_optimizer(name, model, lr=-1, weight_decay=0.0)
         with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1.0"):
             make_optimizer(name, model, lr=1, weight_decay=0.0, momentum=1.0)
-
-
-@pytest.mark.parametrize("total", [10, 97, 1000])
-def test_one_cycle_is_within_one_step_of_torch(total):
-    sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0, momentum=0.9)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
-        sgd, 5.2, total, pct_start=0.3, div_factor=25.0, final_div_factor=1e4
-    )
-    torchs = []
-    for step in range(total):
-        torchs.append((sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"]))
-        sgd.step()
-        if step < total - 1:
-            theirs.step()
-    for step in range(total):
-        ours = one_cycle(step / total, max_lr=5.2)
-        near = torchs[max(step - 1, 0) : step + 2]
-        for value, values in zip(ours, zip(*near, strict=True), strict=True):
-            # The peak lies between two steps, above both by less than one step's change.
-            slack = 1e-9 if not 0.29 < step / total < 0.31 else max(values) - min(values)
-            assert min(values) - slack <= value <= max(values) + slack
-
-
-def test_one_cycle_ends_and_errors():
-    assert one_cycle(0, max_lr=5.0) == pytest.approx((0.2, 0.95))
-    assert one_cycle(0.15, max_lr=5.0) == pytest.approx((2.6, 0.9))
-    assert one_cycle(0.3, max_lr=5.0) == pytest.approx((5.0, 0.85))
-    assert one_cycle(0.65, max_lr=5.0) == pytest.approx((2.50001, 0.9))
-    assert one_cycle(1, max_lr=5.0) == pytest.approx((2e-5, 0.95))
-    wide = one_cycle(0.5, max_lr=1.0, pct_start=0.5, momentum_range=(0.1, 0.2))
-    assert wide == pytest.approx((1.0, 0.1))
-    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\], got 1.5"):
-        one_cycle(1.5, max_lr=1.0)
-    with pytest.raises(ValueError, match=r"pct_start must be in \(0, 1\), got 0"):
-        one_cycle(0.5, max_lr=1.0, pct_start=0)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -131,13 +131,18 @@ def test_learning_rate_and_losses_are_those_of_the_run(finished: Path) -> None:
     assert epochs[-1]["loss"] < epochs[0]["loss"]
 
 
-def test_evaluate_prints_the_accuracy_and_trains_nothing(finished: Path, capsys) -> None:
+def test_evaluate_trains_nothing(finished: Path, tmp_path, capsys) -> None:
     accuracy = json.loads((finished / "summary.json").read_text())["accuracy_last"]
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     for target in (finished, finished / "checkpoint.pt", finished / "model.pt"):
         assert train.main(["--evaluate", str(target), "--device", "cpu"]) == 0
         assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in finished.iterdir()}
+    shutil.copy(finished / "model.pt", tmp_path / "alone.pt")
+    arguments = ["--evaluate", str(tmp_path / "alone.pt"), *TINY]
+    assert train.main([*arguments, "--model", "small"]) == 0
+    assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
+    assert "does not fit r18" in fails(capsys, *arguments, "--model", "r18")
 
 
 def test_kill_9_then_resume_is_bit_for_bit(finished: Path, tmp_path) -> None:
@@ -176,7 +181,7 @@ def test_a_signal_leaves_a_checkpoint_of_this_step(
     finished: Path, tmp_path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "stopped"
-    process = spawn(*TINY, "--out", folder)
+    process = spawn(*TINY, "--out", folder, "--checkpoint-every", 1)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 1/4"):
@@ -361,6 +366,15 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch) -> None:
 
     monkeypatch.setattr(train, "run", greedy)
     assert "lower --batch-size" in fails(capsys)
+
+
+def test_whole_batches(tmp_path) -> None:
+    folder = tmp_path / "whole"
+    assert run_main("--whole-batches", "--batch-size", 40, "--out", folder) == 0
+    kept = [line["kept"] for line in epochs_of(folder)]
+    assert kept[0] == 300
+    assert all(count % 40 == 0 for count in kept[1:])
+    assert min(kept) < 300
 
 
 @pytest.mark.gpu
