@@ -2,6 +2,8 @@
 
 import io
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only by now
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
@@ -91,12 +94,12 @@ def load_tensors(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of files that torch.save did not write
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly every kind for a damaged or hostile file
-        reason = str(error).strip().splitlines()
         raise UserError(
-            f"checkpoint {path} cannot be loaded: cut short, damaged, or not a checkpoint "
-            f"({type(error).__name__}: {reason[0][:120] if reason else 'no reason given'})"
+            f"checkpoint {path} cannot be loaded ({type(error).__name__}): "
+            "it is cut short, damaged, or no checkpoint"
         ) from None
     if not isinstance(state, dict):
         raise UserError(f"checkpoint {path} must hold a dictionary, got {type(state).__name__}")

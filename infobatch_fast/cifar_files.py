@@ -143,7 +143,7 @@ def read_archive(kind: Kind, form: Form, path: Path) -> list[Part]:
 def _open(path: Path) -> io.BufferedReader:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise UserError(f"{path} must be a regular file, got a folder or a device")
+            raise UserError(f"{path} must be a regular file, got something else")
         return open(path, "rb")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the data set must be whole") from None

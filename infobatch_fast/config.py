@@ -24,8 +24,10 @@ DEVICES = ("auto", "cuda", "cpu")
 
 # Never written to a run's record: they name places on this machine, or an action.
 UNRECORDED = ("data_dir", "out", "resume", "evaluate")
-# What --resume may change: none of it alters which samples are trained on, or how.
-RESUMABLE = ("data_dir", "device", "loader", "compile", "checkpoint_every", "eval_every")
+# What --resume may change: none of it alters which samples are trained on, or how. A device does:
+# its generators draw other plans from the same seed.
+RESUMABLE = ("data_dir", "loader", "checkpoint_every", "eval_every")
+EVALUABLE = ("data_dir", "device")
 
 _FOLDER = tyro.conf.arg(metavar="PATH", help_behavior_hint="")
 
@@ -35,8 +37,8 @@ class Config:
     """Train a CIFAR ResNet with InfoBatch: lossless speed-up by dynamic data pruning.
 
     The default of every flag is its preset's: paper (the reported recipe) where there is a CUDA
-    device, quick (two minutes on a CPU) where there is none. Exit codes: 0 done, 1 diverged, 2 a
-    mistake in the input or no room on disk or GPU, 130 or 143 stopped by a signal, resumable.
+    device, quick (under two minutes on a CPU) where there is none. Exit codes: 0 done; 1 diverged;
+    2 a mistake in the input, or no room on disk or GPU; 130 or 143 stopped by a signal.
 
     Attributes:
         preset: paper or quick; any other flag overrides what it sets.
@@ -68,8 +70,8 @@ class Config:
         eval_every: epochs between evaluations on the test set; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
         out: the run's folder, new or empty; default runs/<name>.
-        resume: run folder to continue; may change --data-dir, --device, --loader, --compile,
-            --checkpoint-every and --eval-every alone.
+        resume: run folder to continue; only --data-dir, --loader, --checkpoint-every and
+            --eval-every may change.
         evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
     """
 
@@ -117,8 +119,6 @@ class Config:
         ):
             if value not in known:
                 raise UserError(unknown_name(argument, value, known))
-        if self.resume is not None and self.evaluate is not None:
-            raise UserError(f"resume and evaluate exclude each other, got both: {self.evaluate}")
         try:
             check_ratio(self.ratio)
             check_delta(self.delta)
@@ -133,10 +133,14 @@ class Config:
             "checkpoint_every": 0,
             "seed": 0,
         }
+        most = {"synthetic_samples": 2**40, "synthetic_classes": self.synthetic_samples}
         for argument, bound in least.items():
             value = getattr(self, argument)
             if value < bound:
                 raise UserError(f"{argument} must be at least {bound}, got {value}")
+        for argument, bound in most.items():
+            if (value := getattr(self, argument)) > bound:
+                raise UserError(f"{argument} must be at most {bound}, got {value}")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2**63, got {self.seed}")
         if not 0 < self.max_lr < math.inf:
@@ -210,19 +214,27 @@ def parse(arguments: Sequence[str], *, cuda: bool) -> Config:
     return _command_line(arguments, Config(preset=preset, **PRESETS[preset]))
 
 
-def resume_from(arguments: Sequence[str], recorded: Config) -> Config:
-    """The settings of a resumed run: the recorded ones, changed as the command line may.
+def of_run(arguments: Sequence[str], recorded: Config, action: str) -> Config:
+    """The settings of a recorded run, changed by the command line as the action allows.
+
+    Args:
+        arguments: the words after the program's name.
+        recorded: the run's settings.
+        action: resume or evaluate.
 
     Raises:
-        UserError: a flag differs from the record that resuming may not change.
+        UserError: a flag differs from the record that may not.
     """
     given = _command_line(arguments, recorded)
+    may = RESUMABLE if action == "resume" else EVALUABLE
+    if recorded.dataset == "synthetic":
+        may = tuple(name for name in may if name != "device")  # another device makes other data
     for field in fields(Config):
         before, after = getattr(recorded, field.name), getattr(given, field.name)
-        if before != after and field.name not in (*RESUMABLE, "resume", "evaluate"):
-            allowed = ", ".join("--" + name.replace("_", "-") for name in RESUMABLE)
+        if before != after and field.name not in (*may, "resume", "evaluate"):
+            allowed = ", ".join("--" + name.replace("_", "-") for name in may)
             raise UserError(
-                f"{field.name} must stay {before} on --resume (only {allowed} may change), "
+                f"{field.name} must stay {before} on --{action} (only {allowed} may change), "
                 f"got {after}"
             )
     return given

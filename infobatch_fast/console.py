@@ -5,6 +5,7 @@ from typing import Any
 
 from infobatch_fast.config import Config
 from infobatch_fast.data import Dataset
+from infobatch_fast.infobatch import first_full_epoch
 
 
 def preset_line(settings: Config, chosen: bool) -> str:
@@ -29,14 +30,16 @@ def header(
         else (f"{device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, CUDA {device['cuda']}")
     )
     samples, tests = data.labels.numel(), data.test_labels.numel()
+    kind = data.name if data.name == data.source else f"{data.name} ({data.source})"
+    epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
     precision = {"off": "float32"}.get(settings.amp, f"{settings.amp} autocast")
     return [
         f"device     {where}",
-        f"data       {data.name} ({data.source}): {samples:,} training and {tests:,} test images, "
+        f"data       {kind}: {samples:,} training and {tests:,} test images, "
         f"{data.num_classes} classes, fed by {loader}",
         f"model      {settings.model}, {parameters:,} parameters, channels_last, {precision}"
         + (", compiled" if settings.compile else ""),
-        f"recipe     {settings.epochs} epochs, batch {settings.batch_size}, {settings.optimizer}, "
+        f"recipe     {epochs}, batch {settings.batch_size}, {settings.optimizer}, "
         f"one-cycle to lr {settings.max_lr:g}, weight decay {settings.weight_decay:g}, "
         f"label smoothing {settings.label_smoothing:g}, seed {settings.seed}",
         pruning_line(settings),
@@ -56,20 +59,21 @@ def pruning_line(settings: Config) -> str:
     ]
     line = f"pruning    {', '.join([settings.policy, *ablations])}: saves at most "
     line += f"delta x ratio x share = {delta:g} x {settings.ratio:g} x share = {most:.1%} x share"
-    if settings.policy == "soft":
-        return line + " of the well-learned samples"
-    return line + " of the samples seen (1 after the first epoch)"
+    line += " of the well-learned" if settings.policy == "soft" else " of the samples seen"
+    full = settings.epochs - first_full_epoch(settings.epochs, delta)
+    return line + (f"; the last {full} of {settings.epochs} epochs are full" if full else "")
 
 
 def epoch_line(line: dict[str, Any], epochs: int, samples: int) -> str:
     """One epoch: kept, loss, learning rate, accuracy, images/s, seconds, seconds of pruning."""
     width = len(str(epochs))
-    loss = "   nan" if line["loss"] is None else f"{line['loss']:.4f}"
+    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
     accuracy = "     -" if line["accuracy"] is None else f"{line['accuracy']:6.2%}"
     seconds = line["train_seconds"] + line["pruning_seconds"]
     text = (
-        f"epoch {line['epoch']:{width}}/{epochs}  kept {line['kept']:,}/{samples:,}  loss {loss}  "
-        f"lr {line['lr']:.3g}  accuracy {accuracy}  {line['images_per_second']:,.0f} images/s  "
+        f"epoch {line['epoch']:{width}}/{epochs}  kept {line['kept']:{len(f'{samples:,}')},}/"
+        f"{samples:,}  loss {loss}  lr {line['lr']:.2e}  accuracy {accuracy}  "
+        f"{line['images_per_second']:7,.0f} images/s  "
         f"{seconds:.2f} s  pruning {line['pruning_seconds']:.4f} s"
     )
     if line["skipped_steps"]:

@@ -5,6 +5,7 @@ Dimensions: N samples, n prunable, k of those kept, K kept in all, B batch, T lo
 """
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,7 +59,12 @@ class Plan:
         return Batch(self.indices[start:stop], self.weights[start:stop])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The epoch in batches of B, the last one partial: to go beside a loader of one's own."""
+        """The epoch in batches of B, the last one partial: to go beside a loader of one's own.
+
+        Raises:
+            ValueError: batch_size is below 1.
+        """
+        _check_count("batch_size", batch_size)
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
 
@@ -123,9 +129,8 @@ class InfoBatch:
         rescale: bool = True,
         anneal: bool = True,
     ) -> None:
-        for name, value in (("num_samples", num_samples), ("num_epochs", num_epochs)):
-            if isinstance(value, bool) or int(value) != value or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+        _check_count("num_samples", num_samples)
+        _check_count("num_epochs", num_epochs)
         check_ratio(ratio)
         check_delta(delta)
         if policy not in POLICIES:
@@ -163,10 +168,11 @@ class InfoBatch:
         Raises:
             ValueError: epoch or batch_size is out of range.
         """
+        epoch = operator.index(epoch)
         if not 0 <= epoch < self.num_epochs:
             raise ValueError(f"epoch must be in [0, {self.num_epochs}), got {epoch}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
         scores = self.scores
         generator = torch.Generator(scores.device).manual_seed(_mix(self.seed, epoch))
         n = 0
@@ -209,12 +215,12 @@ class InfoBatch:
             () mean of weight * loss; float64 for float64 losses, float32 otherwise.
 
         Raises:
-            TypeError: the losses are not floating.
+            TypeError: the losses are no floating tensor.
             ValueError: the losses are not one a sample.
         """
         losses = per_sample(losses, batch.indices.numel())
         self.record(losses, batch)
-        return reference.rescaled_mean(losses, batch.weights.to(losses.device, non_blocking=True))
+        return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
     @torch.no_grad()
     def record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
@@ -226,9 +232,8 @@ class InfoBatch:
             found_inf: () or (1,); where it is not 0 the scores stay as they are.
         """
         device = self.scores.device
-        losses = per_sample(losses, batch.indices.numel()).detach().to(device, non_blocking=True)
-        indices = batch.indices.to(device, non_blocking=True)
-        reference.record(self.scores, indices, losses, found_inf)
+        losses = _onto(per_sample(losses, batch.indices.numel()).detach(), device)
+        reference.record(self.scores, _onto(batch.indices, device), losses, found_inf)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -272,11 +277,12 @@ class InfoBatch:
 
 def per_sample(losses: Tensor, batch_size: int) -> Tensor:
     """Losses of any accepted shape and dtype as (B,) float32 (float64 stays), differentiably."""
-    if not losses.is_floating_point():
-        raise TypeError(f"losses must be floating, got {losses.dtype}")
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"losses must be a floating tensor, got {kind}")
     if losses.dim() == 0 and batch_size == 1:
         losses = losses.view(1)
-    if losses.dim() == 0 or losses.shape[0] != batch_size:
+    if losses.dim() == 0 or losses.shape[0] != batch_size or 0 in losses.shape[1:]:
         raise ValueError(
             f"losses must hold one loss per sample of the batch of {batch_size} "
             f'(reduction="none"), got shape {tuple(losses.shape)}'
@@ -284,6 +290,16 @@ def per_sample(losses: Tensor, batch_size: int) -> Tensor:
     if losses.dtype != torch.float64:
         losses = losses.float()
     return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
+
+
+def _onto(tensor: Tensor, device: torch.device) -> Tensor:
+    # Towards the host a copy must have landed before it is read: that one waits.
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
 
 
 def _mix(seed: int, epoch: int) -> int:

@@ -55,15 +55,8 @@ class Bucket:
 
     def gradients(self, scale: Tensor | None) -> None:
         """Copies the gradients into `flat`, divided by `scale` (1,) if there is one."""
-        grads = []
-        for p, view in zip(self.params, self.views, strict=True):
-            grad = p.grad
-            assert grad is not None
-            if grad.stride() != view.stride() and _same_order(grad, view):
-                # The two differ by the stride of a dimension of size 1, which has no meaning, yet
-                # would send all T copies down the slow path: 1x1 convolutions in channels_last.
-                grad = grad.as_strided(view.shape, view.stride())
-            grads.append(grad)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        assert len(grads) == len(self.views)
         torch._foreach_copy_(self.views, grads)
         if scale is not None:
             self.flat.div_(scale)
@@ -88,11 +81,6 @@ class Bucket:
 
 def _layout(params: list[Tensor]) -> list[Any]:
     return [(id(p), p.stride()) for p in params]
-
-
-def _same_order(a: Tensor, b: Tensor) -> bool:
-    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return all(size == 1 or one == other for size, one, other in strides)
 
 
 class LayerWise(torch.optim.Optimizer):

@@ -450,19 +450,19 @@ def make_loader(
         ahead = {"prefetch": prefetch, "chunk": chunk, "threads": threads}
         try:
             return DaliLoader(images, labels, batch_size, **ahead, **options), None
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: a shared library that does not load
             if kind == "dali":
                 raise UserError(
                     f"loader dali needs NVIDIA DALI, which does not import ({_line(error)}): "
                     'pip install "nvidia-dali-cuda130>=2.4,<2.5", or choose the loader torch'
                 ) from error
-            note = f"loader auto is torch: DALI does not import ({_line(error)})"
-        except (ValueError, TypeError):
-            raise  # an argument that torch would not take either
-        except Exception as error:  # a driver too old, no memory: DALI has no type for them
+            note = f"WARNING: loader auto is torch, as DALI does not import ({_line(error)})"
+        except torch.OutOfMemoryError:
+            raise  # not DALI's, and the torch loader would need the same
+        except RuntimeError as error:  # of DALI itself: a driver too old for it, say
             if kind == "dali":
-                raise
-            note = f"loader auto is torch: DALI does not work here ({_line(error)})"
+                raise UserError(f"loader dali does not work here: {_line(error)}") from error
+            note = f"WARNING: loader auto is torch, as DALI does not work here ({_line(error)})"
     return TorchLoader(images, labels, batch_size, **options), note
 
 

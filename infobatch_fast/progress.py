@@ -20,6 +20,8 @@ CHECKPOINT_SECONDS = 60.0
 # Apart from each other: what pruning took is not in the training time.
 SECONDS = ("train_seconds", "pruning_seconds", "evaluation_seconds", "checkpoint_seconds")
 
+_SUMMARISED = {"accuracy", "kept", "loss", "skipped_steps", *SECONDS}  # of each epoch's line
+
 
 class Diverged(Exception):
     """Too many steps in a row had gradients that are not finite."""
@@ -66,7 +68,7 @@ class Progress:
             "epoch": self.epoch,
             "kept": len(plan),
             "prunable": plan.num_prunable,
-            "loss": None if math.isnan(counts.loss) else counts.loss,
+            "loss": counts.loss if math.isfinite(counts.loss) else None,
             "lr": lr,
             "accuracy": accuracy,
             "images_per_second": len(plan) / seconds,
@@ -148,11 +150,17 @@ class Progress:
             torch.set_rng_state(saved["random"])
             self.epoch, self.history = int(saved["epoch"]), list(saved["history"])
             self.seconds = {name: float(saved["seconds"][name]) for name in SECONDS}
-            if len(self.history) != self.epoch:
+            if len(self.history) != self.epoch or self.epoch > self.settings.epochs:
                 raise ValueError(f"{self.epoch} epochs but a history of {len(self.history)}")
+            for number, line in enumerate(self.history, 1):
+                if line["epoch"] != number or not line.keys() >= _SUMMARISED:
+                    raise ValueError(f"a history with {line} for epoch {number}")
             if saved["plan"] is None:
                 return None, 0
-            return self._plan(**saved["plan"]), int(saved["number"])
+            plan, number = self._plan(**saved["plan"]), int(saved["number"])
+            if not 0 <= number <= -(-len(plan) // self.settings.batch_size):
+                raise ValueError(f"{number} steps of an epoch of {len(plan)} samples")
+            return plan, number
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

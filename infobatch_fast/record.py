@@ -1,12 +1,14 @@
 """A run's folder: config.json, epochs.jsonl, summary.json, and where its results come from."""
 
+import fcntl
 import hashlib
 import json
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -21,23 +23,58 @@ CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "model.pt"
 
 
-def create_folder(folder: Path) -> None:
-    """Make a run's folder, or take an empty one.
+def create_folder(folder: Path) -> bool:
+    """Make a run's folder, or take an empty one; returns whether it was made.
 
     Raises:
         UserError: it holds something already, or cannot be made.
     """
     try:
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         # What an atomic write left behind when it was killed is no content.
         content = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
     except OSError as error:
         raise UserError(f"cannot make the run's folder {folder}: {_reason(error)}") from None
     if content:
+        hint = f" (continue that run with --resume {folder})" if CONFIG in content else ""
         raise UserError(
-            f"out must be a new or empty folder, got {folder} with {content[0]} in it "
-            f"(continue that run with --resume {folder})"
+            f"out must be a new or empty folder, got {folder} with {content[0]} in it{hint}"
         )
+    return made
+
+
+def discard(folder: Path, made: bool) -> None:
+    """Take back a run that came to nothing: its records, and the folder itself if it was `made`."""
+    with suppress(OSError):
+        for name in (CONFIG, EPOCHS, f".{CONFIG}.tmp", f".{EPOCHS}.tmp"):
+            (folder / name).unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
+
+
+def lock(folder: Path) -> IO[str]:
+    """Keep other processes from training in a run's folder while the returned file is open.
+
+    The lock is on config.json and the system's own: it ends with the process, however that ends.
+
+    Raises:
+        UserError: another process has it, or it is no run's folder.
+    """
+    try:
+        file = open(folder / CONFIG)  # noqa: SIM115
+    except OSError:
+        raise UserError(
+            f"resume must be a run's folder, with {CONFIG} in it, got {folder}"
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another process is training in {folder}") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -60,9 +97,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {_reason(error)}") from None
     except ValueError as error:
-        raise UserError(f"{path} must hold a JSON object, got {error}") from None
+        raise UserError(f"{path} is no JSON object: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
+        raise UserError(f"{path} is no JSON object: it holds a {type(value).__name__}")
     return value
 
 

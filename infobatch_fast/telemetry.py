@@ -1,11 +1,13 @@
 """Where an epoch's time goes, measured without making the host wait."""
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_PAIRS = 1000
 
 
 class Phases:
@@ -18,7 +20,7 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
-        self._pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._pairs: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._spare: list[torch.cuda.Event] = []
 
     @contextmanager
@@ -38,6 +40,9 @@ class Phases:
         finally:
             end.record()
             self._pairs.append((name, begin, end))
+            # An epoch may have millions of steps: what the device has passed is added up.
+            while len(self._pairs) > _PAIRS and self._pairs[0][2].query():
+                self._add(*self._pairs.popleft())
 
     def read(self) -> dict[str, float]:
         """Seconds by phase since the last reading.
@@ -45,14 +50,16 @@ class Phases:
         Call it where the host has waited for the device anyway, at the end of an epoch: it waits
         for the last event.
         """
-        for name, begin, end in self._pairs:
-            end.synchronize()
-            self._seconds[name] += begin.elapsed_time(end) / 1000
-            self._spare += (begin, end)
-        self._pairs.clear()
+        while self._pairs:
+            self._pairs[0][2].synchronize()
+            self._add(*self._pairs.popleft())
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds
+
+    def _add(self, name: str, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
+        self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._spare += (begin, end)
 
     def _event(self) -> torch.cuda.Event:
         return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)

@@ -1,8 +1,14 @@
 """The trainer: `python -m infobatch_fast.train --ratio 0.5`."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C during two seconds of imports: no traceback
+
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +65,7 @@ class Interrupts:
         if self.deferred and self.received is None:
             self.received = number
         else:
-            raise Interrupted(number, "stopped at once: what was written last stays")
+            raise Interrupted(number, "stopped at once; nothing more was written")
 
 
 def train(
@@ -166,6 +172,7 @@ def train(
 
             accuracy = None
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
+                bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
                 began = time.perf_counter()
                 accuracy = evaluate(model, data, settings.amp, interrupts)
                 progress.seconds["evaluation_seconds"] += time.perf_counter() - began
@@ -227,8 +234,16 @@ def evaluate(
     return right.item() / data.test_labels.numel()  # waits for the evaluation
 
 
-def load_data(settings: Config, device: torch.device, say: Callable[[str], None]) -> Dataset:
-    """The data set, on the device; `quick` without any falls back to a synthetic one, loudly.
+def load_data(
+    settings: Config, device: torch.device, say: Callable[[str], None], *, stand_in: bool = False
+) -> Dataset:
+    """The data set, on the device.
+
+    Args:
+        settings: which one, and where it lies.
+        device: where its tensors go.
+        say: shows a line to the user.
+        stand_in: whether `quick`, if no data set was named, may take a synthetic one, loudly.
 
     Raises:
         UserError: there is none, or a file of it is broken.
@@ -238,7 +253,7 @@ def load_data(settings: Config, device: torch.device, say: Callable[[str], None]
         try:
             return load_cifar(name, settings.data_dir or default_data_dir()).to(device)
         except DataMissing as missing:
-            if settings.preset != "quick" or settings.dataset is not None:
+            if not stand_in or settings.preset != "quick" or settings.dataset is not None:
                 raise
             say(f"WARNING: {missing}")
             say("WARNING: taking SYNTHETIC data instead; the accuracy will say nothing of CIFAR-10")
@@ -279,6 +294,8 @@ def run(arguments: Sequence[str], interrupts: Interrupts, say: Callable[[str], N
         Diverged, Interrupted, UserError: as they say.
     """
     evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
+    if evaluated is not None and resumed is not None:
+        raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")
     if evaluated is not None:
         return evaluate_file(Path(evaluated), arguments, say)
     if resumed is not None:
@@ -286,14 +303,20 @@ def run(arguments: Sequence[str], interrupts: Interrupts, say: Callable[[str], N
     settings = config.parse(arguments, cuda=torch.cuda.is_available())
     say(console.preset_line(settings, config.peek(arguments, "preset") is not None))
     device = find_device(settings.device)
-    data = load_data(settings, device, say)
+    data = load_data(settings, device, say, stand_in=True)
     _check_batch(settings, data)
     settings = config.settle(settings, data.name, device.type)
     folder = settings.out or Path("runs") / _name(settings)
-    record.create_folder(folder)
-    about = {"config": settings.recorded(), "data": data.source, **record.provenance(device)}
-    record.write_json(folder / record.CONFIG, about)
-    summary = train(settings, data, folder, None, interrupts, say)
+    made = record.create_folder(folder)
+    try:
+        about = {"config": settings.recorded(), "data": data.source, **record.provenance(device)}
+        record.write_json(folder / record.CONFIG, about)
+        with record.lock(folder):
+            summary = train(settings, data, folder, None, interrupts, say)
+    except (UserError, MemoryError, RuntimeError):
+        if not (folder / record.CHECKPOINT).exists():
+            record.discard(folder, made)  # the mended command may name the same folder
+        raise
     for line in console.summary_lines(summary, folder):
         say(line)
 
@@ -306,21 +329,26 @@ def resume(
     Raises:
         Diverged, Interrupted, UserError: as they say.
     """
-    recorded = record.read_json(folder / record.CONFIG).get("config")
-    settings = config.resume_from(arguments, config.from_record(recorded))
-    if (folder / record.SUMMARY).exists():
-        summary = record.read_json(folder / record.SUMMARY)
-        say(f"resume     nothing to do: {folder} is complete")
-    else:
-        saved = None
-        if (folder / record.CHECKPOINT).exists():
-            saved = checkpoint.load(folder / record.CHECKPOINT)
+    with record.lock(folder):
+        recorded = config.from_record(record.read_json(folder / record.CONFIG).get("config"))
+        settings = config.of_run(arguments, recorded, "resume")
+        if (folder / record.SUMMARY).exists():
+            say(f"resume     nothing to do: {folder} is complete")
+            summary = record.read_json(folder / record.SUMMARY)
         else:
-            say("resume     from the start, as no checkpoint was written yet")
-        data = load_data(settings, find_device(settings.device), say)
-        _check_batch(settings, data)
-        summary = train(settings, data, folder, saved, interrupts, say)
-    for line in console.summary_lines(summary, folder):
+            saved = None
+            if (folder / record.CHECKPOINT).exists():
+                saved = checkpoint.load(folder / record.CHECKPOINT)
+            else:
+                say("resume     from the start, as no checkpoint was written yet")
+            data = load_data(settings, find_device(settings.device), say)
+            _check_batch(settings, data)
+            summary = train(settings, data, folder, saved, interrupts, say)
+    try:
+        lines = console.summary_lines(summary, folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / record.SUMMARY} is no run's summary: {error!r}") from None
+    for line in lines:
         say(line)
 
 
@@ -336,14 +364,15 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Callable[[str], Non
     about = path.parent / record.CONFIG
     if isinstance(state.get("step"), dict):
         weights = state["step"].get("model")
-        settings = config.resume_from(arguments, config.from_record(state.get("config")))
+        settings = config.of_run(arguments, config.from_record(state.get("config")), "evaluate")
     elif about.exists():
-        weights, recorded = state, record.read_json(about).get("config")
-        settings = config.resume_from(arguments, config.from_record(recorded))
+        weights, recorded = state, config.from_record(record.read_json(about).get("config"))
+        settings = config.of_run(arguments, recorded, "evaluate")
     else:  # weights from elsewhere: the command line says of which model
         weights, settings = state, config.parse(arguments, cuda=torch.cuda.is_available())
-    # A run of another machine is evaluated on what this one has.
-    device = find_device(config.peek(arguments, "device") or "auto")
+    # A run of another machine is evaluated on what this one has; but synthetic data are its own.
+    here = config.peek(arguments, "device") or "auto"
+    device = find_device(settings.device if settings.dataset == "synthetic" else here)
     data = load_data(settings, device, say)
     model = make_model(settings.model, data.num_classes)
     try:
@@ -362,6 +391,12 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Callable[[str], Non
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a folder's name in a terminal's ASCII
 
     def say(line: str) -> None:
         tqdm.write(line, file=sys.stdout)
@@ -376,16 +411,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"error: {error}", 1)
     except Interrupted as stop:
         return _complain(str(stop), stop.code)
-    except BrokenPipeError:
-        # Nobody reads any more; keep Python from complaining of it again at exit.
+    except OSError as error:
+        # Of all that is written, only the output is not guarded where it is written. Nobody reads
+        # it any more: keep Python from complaining of that again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        return _complain(f"error: cannot write the output: {error.strerror or error}", 2)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
         return _complain(
-            "error: out of memory: lower --batch-size or --synthetic-samples, take a smaller "
-            "--model, or --amp bf16",
+            "error: out of memory: lower --batch-size, --synthetic-samples or --synthetic-classes, "
+            "or take a smaller --model or --amp bf16",
             2,
         )
     return 0

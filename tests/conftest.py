@@ -1,5 +1,6 @@
 """Shared by the tests: a way to see what an operation asks of the host."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,23 @@ def host_reads():
             yield mode
 
     return watch
+
+
+@pytest.fixture
+def no_sync():
+    """A `with` in which torch raises for a host sync on CUDA; it does not see DALI's own."""
+
+    @contextmanager
+    def forbid() -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")  # "a prototype"
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return forbid
 
 
 # The tensors here are small: a second thread gains nothing, and stalls where cores are shared.

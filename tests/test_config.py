@@ -96,7 +96,8 @@ def test_any_flag_overrides_its_preset() -> None:
         ("--ratio", "Missing value for argument '--ratio'"),
         ("--rato 0.5", "Unrecognized options: --rato, 0.5 Perhaps you meant: --ratio"),
         ("stray", "Unrecognized options: stray"),
-        ("--resume a --evaluate b", "resume and evaluate exclude each other"),
+        ("--synthetic-samples 9999999999999", "synthetic_samples must be at most 1099511627776"),
+        ("--synthetic-classes 50001", "synthetic_classes must be at most 50000, got 50001"),
     ],
 )
 def test_mistakes(arguments: str, message: str) -> None:
@@ -126,7 +127,7 @@ def test_record_round_trip_names_no_places() -> None:
     again = config.from_record(recorded)
     assert again.recorded() == recorded
     assert config.differences(again, recorded) == []
-    assert config.differences(again, {**recorded, "ratio": 0.4, "device": "cuda"}) == ["ratio"]
+    assert config.differences(again, {**recorded, "ratio": 0.4, "loader": "dali"}) == ["ratio"]
     for broken, message in (
         (None, "config must be an object, got None"),
         ({"ratio": "a"}, "ratio must be float in the record, got 'a'"),
@@ -138,23 +139,25 @@ def test_record_round_trip_names_no_places() -> None:
             config.from_record(broken)
 
 
-def test_what_resuming_may_change() -> None:
+def test_what_resuming_and_evaluating_may_change() -> None:
     recorded = config.settle(config.parse([], cuda=False), "cifar10", "cpu")
-    same = [
-        "--resume",
-        "x",
-        "--ratio",
-        "0.5",
-        "--checkpoint-every",
-        "5",
-        "--loader",
-        "torch",
-        "--eval-every",
-        "2",
-    ]
-    given = config.resume_from(same, recorded)
+    same = "--resume x --ratio 0.5 --checkpoint-every 5 --loader torch --eval-every 2".split()
+    given = config.of_run(same, recorded, "resume")
     assert (given.checkpoint_every, given.loader, given.eval_every) == (5, "torch", 2)
-    with pytest.raises(UserError, match=r"^ratio must stay 0.5 on --resume \(only --data-dir, "):
-        config.resume_from(["--resume", "x", "--ratio", "0.3"], recorded)
-    with pytest.raises(UserError, match="preset must stay quick"):
-        config.resume_from(["--resume", "x", "--preset", "paper"], recorded)
+    for flags, message in (
+        ("--ratio 0.3", r"^ratio must stay 0.5 on --resume \(only --data-dir, --loader, "),
+        ("--preset paper", "^preset must stay quick on --resume"),
+        ("--device cuda", "^device must stay cpu on --resume"),
+        ("--compile", "^compile must stay False on --resume"),
+        ("--out y", "^out must stay None on --resume"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.of_run(["--resume", "x", *flags.split()], recorded, "resume")
+    assert (
+        config.of_run("--evaluate x --device cuda".split(), recorded, "evaluate").device == "cuda"
+    )
+    with pytest.raises(UserError, match=r"^amp must stay off on --evaluate"):
+        config.of_run("--evaluate x --amp bf16".split(), recorded, "evaluate")
+    synthetic = config.settle(recorded, "synthetic", "cpu")
+    with pytest.raises(UserError, match=r"^device must stay cpu on --evaluate"):
+        config.of_run("--evaluate x --device cuda".split(), synthetic, "evaluate")

@@ -65,14 +65,27 @@ def test_sample_against_brute_force(n: int, ratio: float) -> None:
         check_plan(infobatch, scores)
 
 
+# Of sums that float64 holds exactly, so that the reference's mean is the one compared with.
+SCORES = st.integers(-(2**20), 2**20).map(lambda i: i / 1024)
+SPECIAL = st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
+
+
 @settings(deadline=None, max_examples=200)
-@given(
-    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=40),
-    st.floats(0.01, 0.99),
-)
+@given(st.lists(SCORES | SPECIAL, min_size=1, max_size=40), st.floats(0.01, 0.99))
 def test_sample_with_any_scores(scores: list[float], ratio: float) -> None:
     array = np.array(scores, np.float32)
     check_plan(with_scores(array, ratio=ratio), array)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=40))
+def test_extreme_scores_keep_the_invariants(scores: list[float]) -> None:
+    array = np.array(scores, np.float32)
+    plan = with_scores(array).sample(1)
+    indices = plan.indices.tolist()
+    assert len(set(indices)) == len(indices)
+    assert set(np.flatnonzero(~np.isfinite(array))) <= set(indices)
+    assert plan.weights.double().sum().item() == pytest.approx(len(array), rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.1, 3.0, 1e-30, 1e30, -2.5])
@@ -83,12 +96,13 @@ def test_equal_scores_prune_nothing(value: float) -> None:
 
 
 def test_threshold_is_the_float64_mean_rounded_up() -> None:
-    # The mean of these lies between two float32 neighbours; both are compared with it exactly.
+    # The means lie between two float32 neighbours, nearer to the one or the other.
     low = np.float32(1.0)
     high = np.nextafter(low, np.float32(2))
-    scores = np.array([low, high, high], np.float32)
-    assert reference.threshold(torch.from_numpy(scores)).item() == high
-    assert reference.well_learned(torch.from_numpy(scores)).tolist() == [True, False, False]
+    for scores in ([low, high, high], [high, low, low]):
+        tensor = torch.tensor(np.array(scores))
+        assert reference.threshold(tensor).item() == high
+        assert reference.well_learned(tensor).tolist() == [score == low for score in scores]
     assert torch.isnan(reference.threshold(torch.full((3,), torch.nan)))
 
 
@@ -383,6 +397,7 @@ def test_copies_are_independent() -> None:
         ({"delta": 1.1}, r"delta must be in \[0, 1\], got 1.1"),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
         ({"num_samples": 1.5}, "num_samples must be a whole number of at least 1, got 1.5"),
+        ({"num_samples": float("inf")}, "num_samples must be a whole number .*, got inf"),
         ({"num_epochs": True}, "num_epochs must be a whole number of at least 1, got True"),
         (
             {"policy": "sotf"},
@@ -399,15 +414,25 @@ def test_bad_calls() -> None:
     infobatch = make(10, epochs=8)
     with pytest.raises(ValueError, match=r"^epoch must be in \[0, 8\), got 8$"):
         infobatch.sample(8)
-    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
+    with pytest.raises(
+        ValueError, match=r"^batch_size must be a whole number of at least 1, got 0$"
+    ):
         infobatch.sample(0, 0)
     batch = infobatch.sample(0).batch(0, 4)
     with pytest.raises(ValueError, match=r'reduction="none"\), got shape \(\)'):
         infobatch.update(torch.tensor(1.0), batch)
     with pytest.raises(ValueError, match=r"one loss per sample of the batch of 4 .* \(3,\)"):
         infobatch.update(torch.ones(3), batch)
-    with pytest.raises(TypeError, match=r"^losses must be floating, got torch.int64$"):
+    with pytest.raises(TypeError, match=r"^losses must be a floating tensor, got torch.int64$"):
         infobatch.update(torch.ones(4, dtype=torch.int64), batch)
+    with pytest.raises(TypeError, match=r"^losses must be a floating tensor, got list$"):
+        infobatch.update([1.0] * 4, batch)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"got shape \(4, 0\)$"):
+        infobatch.update(torch.ones(4, 0), batch)
+    with pytest.raises(ValueError, match=r"^batch_size must be a whole number .* got -1$"):
+        list(infobatch.sample(0).batches(-1))
+    with pytest.raises(TypeError):
+        infobatch.sample(1.5)  # pyright: ignore[reportArgumentType]
     assert infobatch.scores.isnan().all()
 
 
@@ -419,20 +444,36 @@ def test_a_batch_of_one_may_be_squeezed() -> None:
 
 
 @pytest.mark.gpu
-def test_no_sync_in_update_and_one_an_epoch_on_cuda() -> None:
+def test_no_sync_in_update_and_one_an_epoch_on_cuda(no_sync) -> None:
     infobatch = InfoBatch(50_000, 8, delta=0.5)
     infobatch.scores.uniform_()
     plan = infobatch.sample(1)
     losses = torch.rand(200, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    generator = torch.Generator("cuda")
+    with no_sync():
         infobatch.update(losses, plan.batch(0, 200)).backward()
         infobatch.sample(7)
-        reference.choose(infobatch.scores < 0.5, 0, 0, 1.0, torch.Generator("cuda"))
+        prunable = reference.well_learned(infobatch.scores)
+    n = int(prunable.sum())
+    with no_sync():  # so that the one sync of an epoch is the count
+        reference.choose(prunable, n, n // 2, 2.0, generator)
         with pytest.raises(RuntimeError, match="synchroniz"):
             infobatch.sample(2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_scores_and_losses_on_different_devices() -> None:
+    for scores_on, losses_on in (("cpu", "cuda"), ("cuda", "cpu")):
+        infobatch = InfoBatch(100_000, 4, device=scores_on)
+        plan = infobatch.sample(0)
+        for batch in plan.batches(20_000):
+            losses = torch.rand(batch.indices.numel(), device=losses_on)
+            if losses_on == "cuda":
+                torch.cuda._sleep(20_000_000)  # the copy is still under way when it is read
+                losses = losses * 2 + 1
+            loss = infobatch.update(losses, batch)
+            torch.testing.assert_close(loss.cpu(), losses.mean().cpu())
+            assert torch.equal(infobatch.scores[batch.indices].cpu(), losses.cpu())
 
 
 @pytest.mark.gpu

@@ -14,14 +14,22 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.transforms.functional import normalize
 
-from infobatch_fast import checkpoint, train
+from infobatch_fast import InfoBatch, checkpoint, record, train
+from infobatch_fast.config import Config
+from infobatch_fast.data import make_synthetic
+from infobatch_fast.kernels import reference
+from infobatch_fast.models import make_model
+from infobatch_fast.progress import SECONDS, Diverged, Progress
 from infobatch_fast.record import source_hash
+from infobatch_fast.schedule import one_cycle
 
 TINY = (
     "--device cpu --dataset synthetic --synthetic-samples 300 --batch-size 25 --epochs 4 "
     "--max-lr 0.05"
 ).split()
+STEP = train.TrainStep
 TIMES = re.compile(r"_seconds$|images_per_second")
 
 
@@ -177,9 +185,7 @@ def test_kill_9_then_resume_is_bit_for_bit(finished: Path, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_of_this_step(
-    finished: Path, tmp_path, number: signal.Signals
-) -> None:
+def test_a_signal_stops_a_process(finished: Path, tmp_path, number: signal.Signals) -> None:
     folder = tmp_path / "stopped"
     process = spawn(*TINY, "--out", folder, "--checkpoint-every", 1)
     assert process.stdout is not None
@@ -195,6 +201,178 @@ def test_a_signal_leaves_a_checkpoint_of_this_step(
     _, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert epochs_of(folder) == epochs_of(finished)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A run that nothing disturbed, in this process."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert run_main("--out", folder) == 0
+    return folder
+
+
+# Where the signal comes: at the end of a step (counted from 1) or of an evaluation, or with the
+# epoch's line; and the checkpoint that must come of it, as (epochs finished, steps of the next).
+WHEN = {
+    "step 4": (0, 4),
+    "step 10": (0, 10),
+    "step 15": (1, 3),
+    "evaluate 2": (1, None),
+    "say 3": (3, 0),
+}
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_signal_at_any_moment(
+    undisturbed: Path, tmp_path, capsys, monkeypatch, when: str
+) -> None:
+    place, count = when.split()
+    calls = {"step": 0, "evaluate": 0, "say": 0}
+
+    def strike(name: str) -> None:
+        calls[name] += 1
+        if name == place and calls[name] == int(count):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after(name, function):
+        def wrapped(*args, **kwargs):
+            if name != "step":
+                strike(name)
+            result = function(*args, **kwargs)
+            if name == "step":
+                strike(name)
+            return result
+
+        return wrapped
+
+    monkeypatch.setattr(STEP, "__call__", after("step", STEP.__call__))
+    monkeypatch.setattr(train, "evaluate", after("evaluate", train.evaluate))
+    monkeypatch.setattr(train.console, "epoch_line", after("say", train.console.epoch_line))
+    folder = tmp_path / "stopped"
+    assert run_main("--out", folder) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.strip() == f"stopped; continue with --resume {folder}"
+    monkeypatch.undo()
+    state = checkpoint.load(folder / "checkpoint.pt")
+    epoch, number = WHEN[when]
+    assert state["epoch"] == epoch
+    if number is None:  # during the evaluation: all of the epoch's steps are done
+        number = -(-state["plan"]["indices"].numel() // 25)
+    assert state["number"] == number
+    assert train.main(["--resume", str(folder)]) == 0
+    assert epochs_of(folder) == epochs_of(undisturbed)
+    mine, theirs = (checkpoint.load(path / "checkpoint.pt") for path in (folder, undisturbed))
+    assert_equal(mine, theirs)
+
+
+def test_two_processes_do_not_train_in_one_folder(undisturbed: Path, tmp_path, capsys) -> None:
+    folder = tmp_path / "shared"
+    shutil.copytree(undisturbed, folder)
+    (folder / "summary.json").unlink()
+    with record.lock(folder):
+        assert fails(capsys, "--resume", folder) == f"another process is training in {folder}"
+    assert train.main(["--resume", str(folder)]) == 0
+
+
+def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
+    seen: dict[str, list] = {}
+
+    def spy(name: str) -> None:
+        function = getattr(train, name)
+
+        def wrapped(*args, **kwargs):
+            seen.setdefault(name, []).append((args, kwargs))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(train, name, wrapped)
+
+    for name in ("InfoBatch", "make_loader", "make_model", "make_optimizer", "TrainStep"):
+        spy(name)
+    steps: list[tuple[float, float]] = []
+    call = STEP.__call__
+
+    def schedule(self, images, labels, batch, lr, momentum) -> None:
+        steps.append((lr, momentum))
+        call(self, images, labels, batch, lr, momentum)
+
+    monkeypatch.setattr(STEP, "__call__", schedule)
+    arguments = "--seed 7 --ratio 0.4 --delta 0.5 --policy random --no-rescale --no-anneal "
+    arguments += "--optimizer lars --weight-decay 0.25 --label-smoothing 0.3 --amp bf16 --epochs 2"
+    assert run_main(*arguments.split(), "--out", tmp_path / "run") == 0
+    [(args, kwargs)] = seen["InfoBatch"]
+    assert args[:5] == (300, 2, 0.4, 0.5, 7)
+    assert kwargs == {"policy": "random", "rescale": False, "anneal": False}
+    [(args, kwargs)] = seen["make_loader"]
+    assert (args[0], args[3], kwargs["seed"]) == ("torch", 25, 7)
+    assert seen["make_model"][0] == (("small", 10), {"seed": 7})
+    [(args, kwargs)] = seen["make_optimizer"]
+    assert (args[0], kwargs) == ("lars", {"lr": 0.05, "weight_decay": 0.25})
+    [(_, kwargs)] = seen["TrainStep"]
+    assert (kwargs["amp"], kwargs["label_smoothing"], kwargs["compile"]) == ("bf16", 0.3, False)
+    # 12 steps of 300 samples, then 8 of the 180 kept; the rate by progress.
+    progress = [k / 12 / 2 for k in range(12)] + [(1 + k / 8) / 2 for k in range(8)]
+    assert steps == [one_cycle(done, max_lr=0.05) for done in progress]
+
+
+def test_seeds_differ_in_everything(tmp_path) -> None:
+    records = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        assert run_main("--seed", seed, "--epochs", 2, "--out", folder) == 0
+        records.append(epochs_of(folder))
+    assert records[0][0]["loss"] != records[1][0]["loss"]
+
+
+def test_accuracy_against_a_calculation_of_its_own(undisturbed: Path) -> None:
+    data = make_synthetic(300, 60, 10, easy=0.5, hard=0.1, seed=0)
+    model = make_model("small", 10)
+    model.load_state_dict(torch.load(undisturbed / "model.pt", weights_only=True))
+    model.eval()
+    images = data.test_images.permute(0, 3, 1, 2).float() / 255
+    images = normalize(images, list(data.mean), list(data.std))
+    with torch.no_grad():
+        right = (model(images).argmax(1) == data.test_labels).double().mean().item()
+    assert epochs_of(undisturbed)[-1]["accuracy"] == pytest.approx(right, abs=1e-9)
+
+
+def test_seconds_are_told_apart_and_counted_once(tmp_path, monkeypatch) -> None:
+    # A clock that moves only where we say: a step 1 s, of it 0.25 s of update twice; choosing 5 s;
+    # evaluating 100 s; a checkpoint 1000 s.
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float, owner, name: str) -> None:
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    takes(0.5, STEP, "__call__")
+    takes(0.25, reference, "rescaled_mean")
+    takes(0.25, InfoBatch, "record")
+    takes(5, InfoBatch, "sample")
+    takes(100, train, "evaluate")
+    takes(1000, checkpoint, "save")
+    folder = tmp_path / "run"
+    assert run_main("--epochs", 2, "--delta", 0, "--checkpoint-every", 5, "--out", folder) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["train_seconds"] == pytest.approx(24 * 0.5)
+    assert summary["pruning_seconds"] == pytest.approx(24 * 0.5 + 2 * 5)
+    assert summary["evaluation_seconds"] == pytest.approx(200)
+    # After steps 5 and 10 of both epochs, and at the end.
+    assert summary["checkpoint_seconds"] == pytest.approx(5 * 1000)
+    assert now[0] == pytest.approx(sum(summary[name] for name in SECONDS))
+    first = json.loads((folder / "epochs.jsonl").read_text().splitlines()[0])
+    assert first["images_per_second"] == pytest.approx(300 / (12 * 1 + 5))
+
+
+def test_the_limit_of_skipped_steps() -> None:
+    progress = Progress(None, Path("absent"), Config())  # type: ignore[arg-type]
+    progress.check_finite(19)
+    with pytest.raises(Diverged, match=r"^20 steps in a row had non-finite gradients in epoch 1"):
+        progress.check_finite(20)
 
 
 def test_resume_before_the_first_checkpoint_starts_over(finished: Path, tmp_path, capsys) -> None:
@@ -280,17 +458,23 @@ def test_mistakes(finished: Path, tmp_path, capsys, monkeypatch) -> None:
     message = fails(capsys, *TINY, "--out", tmp_path / "file" / "run")
     assert message.startswith("cannot make the run's folder")
     message = fails(capsys, "--resume", tmp_path / "absent")
-    assert (
-        message == f"cannot read {tmp_path / 'absent' / 'config.json'}: No such file or directory"
-    )
+    where = tmp_path / "absent"
+    assert message == f"resume must be a run's folder, with config.json in it, got {where}"
     message = fails(capsys, "--evaluate", tmp_path / "absent.pt")
     assert message.startswith("cannot read checkpoint")
     message = fails(capsys, "--resume", finished, "--ratio", "0.3")
     assert message.startswith("ratio must stay 0.5 on --resume (only --data-dir, ")
+    message = fails(capsys, "--resume", "a", "--evaluate", "b")
+    assert message == "resume and evaluate exclude each other, got a and b"
     if not torch.cuda.is_available():
         message = fails(capsys, *TINY, "--device", "cuda")
         assert message == "device must be cpu or auto, as torch finds no CUDA device, got cuda"
-    assert os.listdir(tmp_path) == ["file"]
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    (tmp_path / "mine").mkdir()
+    for out in ("new", "mine"):
+        assert "needs NVIDIA DALI" in fails(capsys, *TINY, "--loader", "dali", "--out", out)
+    assert sorted(os.listdir(tmp_path)) == ["file", "mine"]
+    assert os.listdir(tmp_path / "mine") == []
 
 
 def test_broken_checkpoints(finished: Path, tmp_path, capsys) -> None:
@@ -300,8 +484,8 @@ def test_broken_checkpoints(finished: Path, tmp_path, capsys) -> None:
     path = folder / "checkpoint.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert "cut short, damaged, or not a checkpoint" in fails(capsys, "--resume", folder)
-    assert "cut short, damaged, or not a checkpoint" in fails(capsys, "--evaluate", folder)
+    assert "it is cut short, damaged, or no checkpoint" in fails(capsys, "--resume", folder)
+    assert "it is cut short, damaged, or no checkpoint" in fails(capsys, "--evaluate", folder)
     path.write_bytes(whole)
     state = checkpoint.load(path)
     checkpoint.save(path, {**state, "config": {**state["config"], "ratio": 0.3}})
@@ -312,10 +496,28 @@ def test_broken_checkpoints(finished: Path, tmp_path, capsys) -> None:
     step["model"] = {**step["model"], "fc.weight": torch.zeros(3, 3)}
     checkpoint.save(path, {**state, "step": step})
     assert "does not fit this run" in fails(capsys, "--resume", folder)
+    for broken in (
+        {"history": [{}] * 4},
+        {"history": [1] * 4},
+        {"history": state["history"][:3]},
+        {"epoch": "x"},
+        {"step": 3},
+        {"seconds": {}},
+        {"plan": {"num_prunable": 0, "indices": torch.arange(9), "weights": torch.ones(8)}},
+        {"plan": {"num_prunable": 0, "indices": torch.arange(301), "weights": torch.ones(301)}},
+        {
+            "plan": {"num_prunable": 0, "indices": torch.arange(300), "weights": torch.ones(300)},
+            "number": 13,
+        },
+    ):
+        checkpoint.save(path, {**state, **broken})
+        assert "does not fit this run" in fails(capsys, "--resume", folder), broken
     checkpoint.save(path, {key: state[key] for key in ("config", "epoch")})
     assert "does not fit this run: KeyError" in fails(capsys, "--resume", folder)
+    (folder / "summary.json").write_text("{}")
+    assert "is no run's summary" in fails(capsys, "--resume", folder)
     (folder / "config.json").write_text("{")
-    assert "must hold a JSON object" in fails(capsys, "--resume", folder)
+    assert "is no JSON object" in fails(capsys, "--resume", folder)
 
 
 def test_a_disk_that_fills_up_keeps_what_was_written(tmp_path, capsys, monkeypatch) -> None:
@@ -360,6 +562,21 @@ def test_no_data(tmp_path, capsys, monkeypatch) -> None:
         assert json.loads((tmp_path / "run" / name).read_text())["data"] == "synthetic"
 
 
+@pytest.mark.parametrize("output", ["/dev/full", None])
+def test_an_output_that_takes_nothing(tmp_path, output: str | None) -> None:
+    folder = tmp_path / "run"
+    words = " ".join([sys.executable, "-m", "infobatch_fast.train", *TINY, "--epochs 1"])
+    redirect = f">{output}" if output else ">&-"
+    command = f"{words} --loader torch --out {folder} {redirect}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in run.stderr
+    if output is None:
+        assert run.returncode == 0
+    else:
+        assert run.returncode == 2
+        assert run.stderr == "error: cannot write the output: No space left on device\n"
+
+
 def test_out_of_memory_says_what_to_lower(capsys, monkeypatch) -> None:
     def greedy(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 100 GiB")
@@ -378,7 +595,7 @@ def test_whole_batches(tmp_path) -> None:
 
 
 @pytest.mark.gpu
-def test_paper_preset_for_one_epoch_on_cuda(tmp_path) -> None:
+def test_paper_preset_for_three_epochs_on_cuda(tmp_path, capsys) -> None:
     folder = tmp_path / "run"
     arguments = [
         "--preset",
@@ -392,6 +609,8 @@ def test_paper_preset_for_one_epoch_on_cuda(tmp_path) -> None:
     ]
     assert train.main([*arguments, "--out", str(folder)]) == 0
     epochs = epochs_of(folder)
+    assert "fed by DaliLoader" in capsys.readouterr().out
     assert epochs[0]["kept"] == 4000
     assert epochs[1]["kept"] < 4000
+    assert epochs[1]["kept"] % 200 == 0
     assert json.loads((folder / "config.json").read_text())["device"]["type"] == "cuda"
