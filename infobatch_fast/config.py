@@ -32,6 +32,10 @@ EVALUABLE = ("data_dir", "device")
 _FOLDER = tyro.conf.arg(metavar="PATH", help_behavior_hint="")
 
 
+def _one_of(*names: str, hint: str | None = None) -> Any:
+    return tyro.conf.arg(metavar="{" + ",".join(names) + "}", help_behavior_hint=hint)
+
+
 @dataclass(frozen=True)
 class Config:
     """Train a CIFAR ResNet with InfoBatch: lossless speed-up by dynamic data pruning.
@@ -41,32 +45,32 @@ class Config:
     2 a mistake in the input, or no room on disk or GPU; 130 or 143 stopped by a signal.
 
     Attributes:
-        preset: paper or quick; any other flag overrides what it sets.
+        preset: any other flag overrides what it sets.
         ratio: share of the well-learned samples that an epoch leaves out, in [0, 1).
         delta: share of the epochs that prune, in [0, 1]; the rest train on all data. 0: full data.
-        policy: which samples may be left out: soft (InfoBatch), random (any seen) or none.
+        policy: which samples may be left out: soft is InfoBatch, random is any seen before.
         rescale: weight the kept well-learned samples so that the expected gradient is unchanged.
         anneal: train on all data in the last (1 - delta) of the epochs.
-        model: r18, r34, r50, r101 or small.
+        model: r18 to r101 are torchvision's ResNets with a CIFAR stem; small is for CPUs.
         epochs: passes over the (pruned) data.
         batch_size: samples a step.
-        optimizer: sgd, adam, lars or lamb.
+        optimizer: lars and lamb adapt the learning rate of each layer.
         max_lr: peak of the one-cycle learning rate.
         weight_decay: L2 coefficient.
         label_smoothing: in [0, 1).
-        amp: autocast to bf16 or fp16 (with loss scaling), or off.
+        amp: autocast; fp16 with loss scaling.
         whole_batches: in pruned epochs keep the count nearest to the exact one that leaves no
             partial batch; a GPU tunes and compiles its kernels anew for each size of one.
         compile: torch.compile the network; implies --whole-batches.
-        dataset: cifar10, cifar100 or synthetic (made on the device from the seed); default cifar10.
+        dataset: synthetic is made on the device from the seed; default cifar10.
         data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
-        loader: dali, torch, or auto: DALI where it can be imported.
+        loader: auto is DALI where it can be imported.
         synthetic_samples: training samples of --dataset synthetic; a fifth as many for testing.
         synthetic_classes: classes of --dataset synthetic.
         synthetic_easy: share of easy samples, in [0, 1].
         synthetic_hard: share of hard samples, in [0, 1].
         seed: of the initialisation, the plans and the augmentation.
-        device: cuda, cpu, or auto: CUDA where there is one.
+        device: auto is CUDA where there is one.
         eval_every: epochs between evaluations on the test set; the last epoch is always evaluated.
         checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
         out: the run's folder, new or empty; default runs/<name>.
@@ -75,31 +79,31 @@ class Config:
         evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
     """
 
-    preset: str = "paper"
+    preset: Annotated[str, _one_of("paper", "quick")] = "paper"
     ratio: float = 0.5
     delta: float = 0.875
-    policy: str = "soft"
+    policy: Annotated[str, _one_of(*POLICIES)] = "soft"
     rescale: bool = True
     anneal: bool = True
-    model: str = "r50"
+    model: Annotated[str, _one_of(*MODELS)] = "r50"
     epochs: int = 200
     batch_size: int = 200
-    optimizer: str = "lars"
+    optimizer: Annotated[str, _one_of(*OPTIMIZERS)] = "lars"
     max_lr: float = 5.2
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
-    amp: str = "bf16"
+    amp: Annotated[str, _one_of(*AMP)] = "bf16"
     whole_batches: bool = True
     compile: bool = False
-    dataset: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")] = None
+    dataset: Annotated[str | None, _one_of(*DATASETS, hint="")] = None
     data_dir: Annotated[Path | None, _FOLDER] = None
-    loader: str = "auto"
+    loader: Annotated[str, _one_of(*LOADERS)] = "auto"
     synthetic_samples: int = 50_000
     synthetic_classes: int = 10
     synthetic_easy: float = 0.5
     synthetic_hard: float = 0.1
     seed: int = 0
-    device: str = "auto"
+    device: Annotated[str, _one_of(*DEVICES)] = "auto"
     eval_every: int = 1
     checkpoint_every: int = 0
     out: Annotated[Path | None, _FOLDER] = None
@@ -280,13 +284,14 @@ def _command_line(arguments: Sequence[str], default: Config) -> Config:
 
 def _one_line(box: str) -> str:
     """The words of tyro's framed error message, up to its second rule."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
     words: list[str] = []
     rules = 0
-    for line in lines[1:]:
+    for framed in box.splitlines()[1:]:
+        line = framed.strip("│╭╮╰╯ ")
         if line.startswith("──"):
             rules += 1
         if rules == 2 or line.startswith(("For full helptext", "Argument helptext")):
             break
-        words.append("" if line.startswith("──") else line)
+        if not line.startswith("──") and not framed.startswith("│" + 9 * " "):  # a flag's help
+            words.append(line)
     return " ".join(" ".join(words).split()) or "the command line does not parse"

@@ -94,7 +94,7 @@ def test_any_flag_overrides_its_preset() -> None:
         ("--ratio abc", "Error parsing --ratio: could not convert string to float: 'abc'"),
         ("--epochs 1.5", "Error parsing --epochs: invalid literal for int"),
         ("--ratio", "Missing value for argument '--ratio'"),
-        ("--rato 0.5", "Unrecognized options: --rato, 0.5 Perhaps you meant: --ratio"),
+        ("--rato 0.5", "Unrecognized options: --rato, 0.5 Perhaps you meant: --ratio FLOAT$"),
         ("stray", "Unrecognized options: stray"),
         ("--synthetic-samples 9999999999999", "synthetic_samples must be at most 1099511627776"),
         ("--synthetic-classes 50001", "synthetic_classes must be at most 50000, got 50001"),
