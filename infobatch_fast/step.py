@@ -87,6 +87,7 @@ class TrainStep:
             lr: learning rate of this step.
             momentum: momentum (beta1 of adam and lamb) of this step.
         """
+        set_schedule(self.optimizer, lr, momentum)
         with self.autocast:
             logits = self.forward(images)
         losses = F.cross_entropy(
@@ -98,7 +99,6 @@ class TrainStep:
 
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         nonfinite(gradients, self.found_inf, self.scale.reciprocal())
-        set_schedule(self.optimizer, lr, momentum)
         self.optimizer.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

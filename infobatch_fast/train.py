@@ -45,6 +45,14 @@ class Interrupted(Exception):
         self.code = 128 + number
 
 
+class Unheard(Exception):
+    """The output takes no more lines."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Interrupts:
     """Ctrl-C and SIGTERM, taken over in a `with`: raised at once, in training at a step's end."""
 
@@ -399,8 +407,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a folder's name in a terminal's ASCII
 
     def say(line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            # Keep Python from failing at it again when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise Unheard(error) from None
 
     try:
         with Interrupts() as interrupts:
@@ -411,13 +424,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"error: {error}", 1)
     except Interrupted as stop:
         return _complain(str(stop), stop.code)
-    except OSError as error:
-        # Of all that is written, only the output is not guarded where it is written. Nobody reads
-        # it any more: keep Python from complaining of that again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
+    except Unheard as error:
+        if isinstance(error.reason, BrokenPipeError):  # of `| head`: not worth a word
             return 128 + signal.SIGPIPE
-        return _complain(f"error: cannot write the output: {error.strerror or error}", 2)
+        return _complain(f"error: cannot write the output: {error.reason.strerror}", 2)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
