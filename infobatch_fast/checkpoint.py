@@ -26,7 +26,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a write that was killed
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -37,10 +38,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:  # a signal, too
         with suppress(OSError):  # a disk that is read-only by now
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -89,6 +92,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, unreadable, cut short, or holds something else.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never end
+        raise UserError(f"checkpoint {path} must be a regular file, got something else")
     try:
         content = path.read_bytes()
     except OSError as error:

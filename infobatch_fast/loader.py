@@ -7,6 +7,7 @@ Dimensions: N samples, K of them in the epoch, B batch, H x W image, C = 3 chann
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -449,8 +450,9 @@ def make_loader(
     if kind != "torch":
         ahead = {"prefetch": prefetch, "chunk": chunk, "threads": threads}
         try:
+            _import_dali()
             return DaliLoader(images, labels, batch_size, **ahead, **options), None
-        except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        except ImportError as error:
             if kind == "dali":
                 raise UserError(
                     f"loader dali needs NVIDIA DALI, which does not import ({_line(error)}): "
@@ -464,6 +466,15 @@ def make_loader(
                 raise UserError(f"loader dali does not work here: {_line(error)}") from error
             note = f"WARNING: loader auto is torch, as DALI does not work here ({_line(error)})"
     return TorchLoader(images, labels, batch_size, **options), note
+
+
+def _import_dali() -> None:
+    try:
+        import_module("nvidia.dali.fn")
+    except (
+        Exception
+    ) as error:  # a library that does not load, or python -OO, which DALI fails under
+        raise ImportError(_line(error)) from error
 
 
 def _line(error: Exception) -> str:

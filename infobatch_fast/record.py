@@ -3,12 +3,14 @@
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -23,58 +25,69 @@ CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "model.pt"
 
 
-def create_folder(folder: Path) -> bool:
-    """Make a run's folder, or take an empty one; returns whether it was made.
+def make_folder(folder: Path) -> bool:
+    """Make a run's folder if it is not there; returns whether it was made.
 
     Raises:
-        UserError: it holds something already, or cannot be made.
+        UserError: it cannot be made.
     """
     try:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        # What an atomic write left behind when it was killed is no content.
-        content = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
     except OSError as error:
         raise UserError(f"cannot make the run's folder {folder}: {_reason(error)}") from None
+    return made
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's folder, by the system's lock on the folder.
+
+    It leaves nothing behind, and ends with the process, however that ends.
+
+    Raises:
+        UserError: another process has it, or the folder cannot be opened.
+    """
+    try:
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"cannot open the run's folder {folder}: {_reason(error)}") from None
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(number)
+
+
+def check_empty(folder: Path) -> None:
+    """Raise UserError if a run's folder holds something.
+
+    What an atomic write left behind when it was killed is nothing.
+    """
+    try:
+        content = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
+    except OSError as error:
+        raise UserError(f"cannot read the run's folder {folder}: {_reason(error)}") from None
     if content:
         hint = f" (continue that run with --resume {folder})" if CONFIG in content else ""
         raise UserError(
             f"out must be a new or empty folder, got {folder} with {content[0]} in it{hint}"
         )
-    return made
 
 
 def discard(folder: Path, made: bool) -> None:
     """Take back a run that came to nothing: its records, and the folder itself if it was `made`."""
-    with suppress(OSError):
-        for name in (CONFIG, EPOCHS, f".{CONFIG}.tmp", f".{EPOCHS}.tmp"):
-            (folder / name).unlink(missing_ok=True)
-        if made:
+    for name in (CONFIG, EPOCHS, f".{CONFIG}.tmp", f".{EPOCHS}.tmp"):
+        with suppress(OSError):
+            (folder / name).unlink()
+    if made:
+        with suppress(OSError):
             folder.rmdir()
-
-
-def lock(folder: Path) -> IO[str]:
-    """Keep other processes from training in a run's folder while the returned file is open.
-
-    The lock is on config.json and the system's own: it ends with the process, however that ends.
-
-    Raises:
-        UserError: another process has it, or it is no run's folder.
-    """
-    try:
-        file = open(folder / CONFIG)  # noqa: SIM115
-    except OSError:
-        raise UserError(
-            f"resume must be a run's folder, with {CONFIG} in it, got {folder}"
-        ) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"another process is training in {folder}") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -93,6 +106,8 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is missing or no JSON object.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} must be a regular file, got something else")
         value = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {_reason(error)}") from None
@@ -176,7 +191,9 @@ def commit() -> str | None:
 
 def _git(root: Path, *words: str) -> str:
     command = ["git", "-C", str(root), *words]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    # Inside a git hook these name another repository.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=own)
     return run.stdout.strip()
 
 

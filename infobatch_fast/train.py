@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -37,8 +38,11 @@ from infobatch_fast.telemetry import Phases
 EVALUATION_BATCH = 1000
 
 
-class Interrupted(Exception):
-    """A signal ended the run; `code` is the exit code."""
+class Interrupted(BaseException):
+    """A signal ended the run; `code` is the exit code.
+
+    No Exception, as KeyboardInterrupt is none: who expects any failure must not take it for one.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -305,26 +309,27 @@ def run(arguments: Sequence[str], interrupts: Interrupts, say: Callable[[str], N
     if evaluated is not None and resumed is not None:
         raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")
     if evaluated is not None:
-        return evaluate_file(Path(evaluated), arguments, say)
+        return evaluate_file(Path(evaluated).expanduser(), arguments, say)
     if resumed is not None:
-        return resume(Path(resumed), arguments, interrupts, say)
+        return resume(Path(resumed).expanduser(), arguments, interrupts, say)
     settings = config.parse(arguments, cuda=torch.cuda.is_available())
     say(console.preset_line(settings, config.peek(arguments, "preset") is not None))
     device = find_device(settings.device)
     data = load_data(settings, device, say, stand_in=True)
     _check_batch(settings, data)
     settings = config.settle(settings, data.name, device.type)
-    folder = settings.out or Path("runs") / _name(settings)
-    made = record.create_folder(folder)
-    try:
-        about = {"config": settings.recorded(), "data": data.source, **record.provenance(device)}
-        record.write_json(folder / record.CONFIG, about)
-        with record.lock(folder):
+    folder = settings.out.expanduser() if settings.out else Path("runs") / _name(settings)
+    made = record.make_folder(folder)
+    with record.locked(folder):
+        record.check_empty(folder)
+        try:
+            about = {"config": settings.recorded(), "data": data.source}
+            record.write_json(folder / record.CONFIG, {**about, **record.provenance(device)})
             summary = train(settings, data, folder, None, interrupts, say)
-    except (UserError, MemoryError, RuntimeError):
-        if not (folder / record.CHECKPOINT).exists():
-            record.discard(folder, made)  # the mended command may name the same folder
-        raise
+        except (UserError, MemoryError, RuntimeError):
+            if not (folder / record.CHECKPOINT).exists():
+                record.discard(folder, made)  # the mended command may name the same folder
+            raise
     for line in console.summary_lines(summary, folder):
         say(line)
 
@@ -337,7 +342,9 @@ def resume(
     Raises:
         Diverged, Interrupted, UserError: as they say.
     """
-    with record.lock(folder):
+    if not (folder / record.CONFIG).exists():
+        raise UserError(f"resume must be a run's folder, with config.json in it, got {folder}")
+    with record.locked(folder):
         recorded = config.from_record(record.read_json(folder / record.CONFIG).get("config"))
         settings = config.of_run(arguments, recorded, "resume")
         if (folder / record.SUMMARY).exists():
@@ -440,14 +447,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    # One line, whatever a path in it may hold.
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    with suppress(OSError):  # nowhere to complain
+        print(plain, file=sys.stderr, flush=True)
     return code
 
 
 def _out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "out of memory" in text or "can't allocate memory" in text
+    # The last is what oneDNN says on a CPU.
+    signs = ("out of memory", "can't allocate memory", "could not create a primitive")
+    return known or any(sign in text for sign in signs)
 
 
 def _check_batch(settings: Config, data: Dataset) -> None:

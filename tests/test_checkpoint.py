@@ -44,6 +44,24 @@ def test_a_leftover_of_a_killed_write_is_overwritten(tmp_path) -> None:
     (tmp_path / ".checkpoint.pt.tmp").write_bytes(b"half")
     checkpoint.save(tmp_path / "checkpoint.pt", {"a": 1})
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
+    os.mkfifo(tmp_path / ".checkpoint.pt.tmp")  # would be waited for
+    checkpoint.save(tmp_path / "checkpoint.pt", {"a": 1})
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_signal_while_writing_leaves_the_old_one_alone(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"a": 1})
+
+    def struck(number: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", struck)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"a": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path)["a"] == 1
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_cut_short_anywhere(tmp_path) -> None:

@@ -268,9 +268,50 @@ def test_two_processes_do_not_train_in_one_folder(undisturbed: Path, tmp_path, c
     folder = tmp_path / "shared"
     shutil.copytree(undisturbed, folder)
     (folder / "summary.json").unlink()
-    with record.lock(folder):
+    with record.locked(folder):
         assert fails(capsys, "--resume", folder) == f"another process is training in {folder}"
     assert train.main(["--resume", str(folder)]) == 0
+
+
+def test_of_two_starts_in_one_folder_one_runs(tmp_path) -> None:
+    folder = tmp_path / "race"
+    both = [spawn(*TINY, "--loader", "torch", "--seed", seed, "--out", folder) for seed in (0, 1)]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], errors
+    seed = codes.index(0)
+    assert json.loads((folder / "config.json").read_text())["config"]["seed"] == seed
+    assert checkpoint.load(folder / "checkpoint.pt")["config"]["seed"] == seed
+    assert (folder / "summary.json").exists()
+
+
+def test_a_signal_while_data_are_read_is_no_damage(tmp_path, capsys, monkeypatch) -> None:
+    def struck(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal comes first")
+
+    monkeypatch.setattr("infobatch_fast.data.download_archive", struck)
+    assert train.main(["--device", "cpu", "--data-dir", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert "SYNTHETIC" not in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "load", struck)
+    (tmp_path / "weights.pt").write_bytes(b"")
+    assert train.main(["--evaluate", str(tmp_path / "weights.pt")]) == 128 + signal.SIGTERM
+
+
+def test_what_is_no_file_is_not_waited_for(finished: Path, tmp_path, capsys) -> None:
+    folder = tmp_path / "pipes"
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    (folder / "checkpoint.pt").unlink()
+    os.mkfifo(folder / "checkpoint.pt")
+    for flag in ("--resume", "--evaluate"):
+        assert "must be a regular file" in fails(capsys, flag, folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    assert "must be a regular file" in fails(capsys, "--resume", folder)
+    assert "must be a regular file" in fails(capsys, "--evaluate", "/dev/zero")
+    assert "\\n" in fails(capsys, "--evaluate", tmp_path / "two\nlines")
 
 
 def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
