@@ -61,7 +61,9 @@ def pruning_line(settings: Config) -> str:
     line += f"delta x ratio x share = {delta:g} x {settings.ratio:g} x share = {most:.1%} x share"
     line += " of the well-learned" if settings.policy == "soft" else " of the samples seen"
     full = settings.epochs - first_full_epoch(settings.epochs, delta)
-    return line + (f"; the last {full} of {settings.epochs} epochs are full" if full else "")
+    if full == 1:
+        return line + "; the last epoch trains on all"
+    return line + (f"; the last {full} epochs train on all" if full else "")
 
 
 def epoch_line(line: dict[str, Any], epochs: int, samples: int) -> str:

@@ -7,6 +7,7 @@ Dimensions: N samples, K of them in the epoch, B batch, H x W image, C = 3 chann
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -110,9 +111,9 @@ class _Loader:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        seed: int,
-        pad: int,
-        augment: bool,
+        seed: int = 0,
+        pad: int = 4,
+        augment: bool = True,
     ) -> None:
         _check(images, labels, batch_size, mean, std, pad)
         self.batch_size = batch_size
@@ -191,28 +192,16 @@ class TorchLoader(_Loader):
         ValueError: an argument is out of range; the message names it.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        seed: int = 0,
-        pad: int = 4,
-        augment: bool = True,
-    ) -> None:
-        super().__init__(
-            images, labels, batch_size, mean=mean, std=std, seed=seed, pad=pad, augment=augment
-        )
+    @cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
         # A host sync each, once: the numbers come from the host.
-        self._centre = torch.tensor(self._mean, dtype=torch.float32, device=self._device)
-        self._scale = 1 / torch.tensor(self._std, dtype=torch.float32, device=self._device)
+        mean = torch.tensor(self._mean, dtype=torch.float32, device=self._device)
+        return mean, 1 / torch.tensor(self._std, dtype=torch.float32, device=self._device)
 
     def _batches(
         self, plan: EpochPlan[BatchT], first: int
     ) -> Iterator[tuple[Tensor, Tensor, BatchT]]:
+        mean, scale = self._normalisation
         # A view of every crop there is: one gather takes sample, row and column at once.
         n, line, pixel, channel = self._padded.stride()
         offsets = 2 * self.pad + 1
@@ -229,7 +218,7 @@ class TorchLoader(_Loader):
             pixels = windows[indices, offset_y[at], offset_x[at]]  # (B, H, W, C) uint8
             if self.augment:
                 pixels = torch.where(flip[at], pixels.flip(2), pixels)
-            images = torch.sub(pixels, self._centre).mul_(self._scale).permute(0, 3, 1, 2)
+            images = torch.sub(pixels, mean).mul_(scale).permute(0, 3, 1, 2)
             yield images, self._labels.index_select(0, indices), plan.batch(start, stop)
 
 
