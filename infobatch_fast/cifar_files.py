@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from infobatch_fast.cifar_pickle import parse_pickle
-from infobatch_fast.dataset import PIXELS, reason
-from infobatch_fast.errors import UserError
+from infobatch_fast.dataset import PIXELS
+from infobatch_fast.errors import UserError, reason
 
 Part = tuple[np.ndarray, np.ndarray]  # of one file: images (R, 32, 32, 3) uint8, labels (R,) int64
 

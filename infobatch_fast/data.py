@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from infobatch_fast.cifar_files import KINDS, Form, Kind, read_archive, read_folder
-from infobatch_fast.dataset import Dataset, reason
+from infobatch_fast.dataset import Dataset
 from infobatch_fast.download import download_archive
-from infobatch_fast.errors import UserError, unknown_name
+from infobatch_fast.errors import UserError, reason, unknown_name
 from infobatch_fast.synthetic import make_synthetic
 
 __all__ = ["DataMissing", "Dataset", "default_data_dir", "load_cifar", "make_synthetic"]

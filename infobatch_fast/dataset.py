@@ -29,9 +29,3 @@ class Dataset:
         """The same data with its four tensors on `device`."""
         names = ("images", "labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, as one line of bounded length."""
-    text = " ".join(str(error).split())
-    return (text or type(error).__name__)[:300]

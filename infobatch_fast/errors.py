@@ -17,3 +17,9 @@ def unknown_name(argument: str, value: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(_ALIASES.get(str(value), str(value)), known, n=1, cutoff=0.3)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{argument} must be one of {', '.join(known)}, got {value}{hint}"
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as one line of bounded length."""
+    text = " ".join(str(error).split())
+    return (text or type(error).__name__)[:300]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from infobatch_fast.augment import augmentation, reflect
-from infobatch_fast.errors import UserError, unknown_name
+from infobatch_fast.errors import UserError, reason, unknown_name
 
 KINDS = ("auto", "dali", "torch")
 CHANNELS = 3
@@ -444,27 +444,21 @@ def make_loader(
         except ImportError as error:
             if kind == "dali":
                 raise UserError(
-                    f"loader dali needs NVIDIA DALI, which does not import ({_line(error)}): "
+                    f"loader dali needs NVIDIA DALI, which does not import ({reason(error)}): "
                     'pip install "nvidia-dali-cuda130>=2.4,<2.5", or choose the loader torch'
                 ) from error
-            note = f"WARNING: loader auto is torch, as DALI does not import ({_line(error)})"
+            note = f"WARNING: loader auto is torch, as DALI does not import ({reason(error)})"
         except torch.OutOfMemoryError:
             raise  # not DALI's, and the torch loader would need the same
         except RuntimeError as error:  # of DALI itself: a driver too old for it, say
             if kind == "dali":
-                raise UserError(f"loader dali does not work here: {_line(error)}") from error
-            note = f"WARNING: loader auto is torch, as DALI does not work here ({_line(error)})"
+                raise UserError(f"loader dali does not work here: {reason(error)}") from error
+            note = f"WARNING: loader auto is torch, as DALI does not work here ({reason(error)})"
     return TorchLoader(images, labels, batch_size, **options), note
 
 
 def _import_dali() -> None:
     try:
         import_module("nvidia.dali.fn")
-    except (
-        Exception
-    ) as error:  # a library that does not load, or python -OO, which DALI fails under
-        raise ImportError(_line(error)) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # of a library that does not load, or of DALI under python -OO
+        raise ImportError(reason(error)) from error

@@ -9,7 +9,7 @@ import torch
 
 from infobatch_fast import checkpoint, config
 from infobatch_fast.config import Config
-from infobatch_fast.errors import UserError
+from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import Plan
 from infobatch_fast.step import Counts, TrainStep
 from infobatch_fast.telemetry import peak_memory
@@ -162,9 +162,9 @@ class Progress:
                 raise ValueError(f"{number} steps of an epoch of {len(plan)} samples")
             return plan, number
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"checkpoint {self.path} does not fit this run: {type(error).__name__}: {reason}"
+                f"checkpoint {self.path} does not fit this run: "
+                f"{type(error).__name__}: {reason(error)}"
             ) from None
 
     def _plan(self, num_prunable: int, indices: torch.Tensor, weights: torch.Tensor) -> Plan:

@@ -9,8 +9,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from infobatch_fast.dataset import PIXELS, Dataset, reason
-from infobatch_fast.errors import UserError
+from infobatch_fast.dataset import PIXELS, Dataset
+from infobatch_fast.errors import UserError, reason
 
 _CHUNK = 4096  # samples at a time: 50 MB of float32 pixels, a few times over
 _WAVES = 5  # cosine waves a side

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from infobatch_fast import checkpoint, config, console, record
 from infobatch_fast.config import Config
 from infobatch_fast.data import DataMissing, Dataset, default_data_dir, load_cifar, make_synthetic
-from infobatch_fast.errors import UserError
+from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.loader import make_loader
 from infobatch_fast.models import make_model
@@ -393,8 +393,9 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Callable[[str], Non
     try:
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {path} does not fit {settings.model}: {reason}") from None
+        raise UserError(
+            f"checkpoint {path} does not fit {settings.model}: {reason(error)}"
+        ) from None
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     accuracy = evaluate(model, data, settings.amp)
     say(
