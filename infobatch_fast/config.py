@@ -1,8 +1,6 @@
 """One run's settings: a frozen dataclass, its presets, and the command line made from it."""
 
 import argparse
-import contextlib
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from infobatch_fast import command
 from infobatch_fast.errors import UserError, unknown_name
 from infobatch_fast.infobatch import check_delta, check_ratio
 from infobatch_fast.models import MODELS
@@ -267,31 +266,4 @@ def settle(config: Config, dataset: str, device: str) -> Config:
 
 
 def _command_line(arguments: Sequence[str], default: Config) -> Config:
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            return tyro.cli(
-                Config,
-                prog="python -m infobatch_fast.train",
-                args=list(arguments),
-                default=default,
-            )
-    except SystemExit as stop:
-        if stop.code == 0:
-            raise
-        raise UserError(_one_line(message.getvalue())) from None
-
-
-def _one_line(box: str) -> str:
-    """The words of tyro's framed error message, up to its second rule."""
-    words: list[str] = []
-    rules = 0
-    for framed in box.splitlines()[1:]:
-        line = framed.strip("│╭╮╰╯ ")
-        if line.startswith("──"):
-            rules += 1
-        if rules == 2 or line.startswith(("For full helptext", "Argument helptext")):
-            break
-        if not line.startswith("──") and not framed.startswith("│" + 9 * " "):  # a flag's help
-            words.append(line)
-    return " ".join(" ".join(words).split()) or "the command line does not parse"
+    return command.parse(Config, arguments, "python -m infobatch_fast.train", default)

@@ -53,7 +53,8 @@ class Progress:
     def stop_clock(self) -> None:
         """End that; what the phases took of it is counted as pruning instead."""
         assert self._began is not None
-        pruning = sum(self.step.phases.read().values())
+        phases = self.step.phases.read()
+        pruning = sum(phases.get(name, 0.0) for name in ("choose", "update"))
         self.seconds["pruning_seconds"] += pruning
         self.seconds["train_seconds"] += time.perf_counter() - self._began - pruning
         self._began = None
@@ -168,6 +169,7 @@ class Progress:
             ) from None
 
     def _plan(self, num_prunable: int, indices: torch.Tensor, weights: torch.Tensor) -> Plan:
+        assert self.step.infobatch is not None
         scores = self.step.infobatch.scores
         samples = scores.numel()
         if indices.dtype != torch.int64 or indices.dim() != 1 or indices.shape != weights.shape:

@@ -43,7 +43,7 @@ class TrainStep:
     Args:
         model: in training mode, on its device, channels_last.
         optimizer: one of `optim.make_optimizer`.
-        infobatch: takes the scores.
+        infobatch: takes the scores; None trains on the plain mean of the losses, without any.
         amp: bf16, fp16 (with loss scaling) or off.
         label_smoothing: in [0, 1).
         compile: torch.compile the model; each batch size is then compiled once.
@@ -54,7 +54,7 @@ class TrainStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        infobatch: InfoBatch,
+        infobatch: InfoBatch | None,
         *,
         amp: str,
         label_smoothing: float,
@@ -94,7 +94,10 @@ class TrainStep:
             logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
         )
         with self.phases("update"):
-            loss = reference.rescaled_mean(losses, batch.weights)
+            if self.infobatch is None:
+                loss = losses.mean()
+            else:
+                loss = reference.rescaled_mean(losses, batch.weights)
         (loss * self.scale if self.scaling else loss).backward()
 
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -105,9 +108,11 @@ class TrainStep:
         self.buffers.keep_or_restore(self.found_inf)
         if self.scaling:
             torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
-        with self.phases("update"):
-            self.infobatch.record(losses, batch, self.found_inf)
-        self._count(loss.detach(), batch.weights)
+        if self.infobatch is not None:
+            with self.phases("update"):
+                self.infobatch.record(losses, batch, self.found_inf)
+        unweighted = self.infobatch is None
+        self._count(loss.detach(), torch.ones_like(batch.weights) if unweighted else batch.weights)
 
     @torch.no_grad()
     def _count(self, loss: Tensor, weights: Tensor) -> None:
@@ -141,7 +146,7 @@ class TrainStep:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "infobatch": self.infobatch.state_dict(),
+            "infobatch": self.infobatch.state_dict() if self.infobatch is not None else None,
             "scale": self.scale,
             "growth": self.growth,
             "counts": self.counts,
@@ -155,7 +160,8 @@ class TrainStep:
         """
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.infobatch.load_state_dict(state["infobatch"])
+        if self.infobatch is not None:
+            self.infobatch.load_state_dict(state["infobatch"])
         for name in ("scale", "growth", "counts"):
             getattr(self, name).copy_(state[name])
         self.buffers.keep()

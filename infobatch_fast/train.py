@@ -12,10 +12,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from infobatch_fast import checkpoint, config, console, record
+from infobatch_fast.command import Interrupted, Interrupts, command, complain
 from infobatch_fast.config import Config
 from infobatch_fast.data import DataMissing, Dataset, default_data_dir, load_cifar, make_synthetic
 from infobatch_fast.errors import UserError, reason
@@ -36,48 +35,10 @@ from infobatch_fast.step import AUTOCAST, TrainStep
 from infobatch_fast.telemetry import Phases
 
 EVALUATION_BATCH = 1000
-
-
-class Interrupted(BaseException):
-    """A signal ended the run; `code` is the exit code.
-
-    No Exception, as KeyboardInterrupt is none: who expects any failure must not take it for one.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.code = 128 + number
-
-
-class Unheard(Exception):
-    """The output takes no more lines."""
-
-    def __init__(self, reason: OSError) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM, taken over in a `with`: raised at once, in training at a step's end."""
-
-    def __init__(self) -> None:
-        self.deferred = False
-        self.received: int | None = None
-
-    def __enter__(self) -> "Interrupts":
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._handle) for number in signals}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.deferred and self.received is None:
-            self.received = number
-        else:
-            raise Interrupted(number, "stopped at once; nothing more was written")
+OUT_OF_MEMORY = (
+    "lower --batch-size, --synthetic-samples or --synthetic-classes, "
+    "or take a smaller --model or --amp bf16"
+)
 
 
 def train(
@@ -406,61 +367,11 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Callable[[str], Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a folder's name in a terminal's ASCII
-
-    def say(line: str) -> None:
-        try:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError as error:
-            # Keep Python from failing at it again when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise Unheard(error) from None
-
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        with Interrupts() as interrupts:
-            run(arguments, interrupts, say)
-    except UserError as error:
-        return _complain(f"error: {error}", 2)
+        return command(lambda interrupts, say: run(words, interrupts, say), OUT_OF_MEMORY)
     except Diverged as error:
-        return _complain(f"error: {error}", 1)
-    except Interrupted as stop:
-        return _complain(str(stop), stop.code)
-    except Unheard as error:
-        if isinstance(error.reason, BrokenPipeError):  # of `| head`: not worth a word
-            return 128 + signal.SIGPIPE
-        return _complain(f"error: cannot write the output: {error.reason.strerror}", 2)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        return _complain(
-            "error: out of memory: lower --batch-size, --synthetic-samples or --synthetic-classes, "
-            "or take a smaller --model or --amp bf16",
-            2,
-        )
-    return 0
-
-
-def _complain(message: str, code: int) -> int:
-    # One line, whatever a path in it may hold.
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    with suppress(OSError):  # nowhere to complain
-        print(plain, file=sys.stderr, flush=True)
-    return code
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    # The last is what oneDNN says on a CPU.
-    signs = ("out of memory", "can't allocate memory", "could not create a primitive")
-    return known or any(sign in text for sign in signs)
+        return complain(f"error: {error}", 1)
 
 
 def _check_batch(settings: Config, data: Dataset) -> None:

@@ -43,6 +43,7 @@ def make_batch(seed: int = 0, size: int = 16, device: str = "cpu") -> tuple[Tens
 
 
 def everything(step: TrainStep) -> list[Tensor]:
+    assert step.infobatch is not None
     tensors = [*step.model.state_dict().values(), step.infobatch.scores]
     for state in step.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
@@ -57,6 +58,7 @@ def assert_same(before: list[Tensor], after: list[Tensor]) -> None:
 
 def test_step_against_plain_torch() -> None:
     step = make_step()
+    assert step.infobatch is not None
     model = copy.deepcopy(step.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     total = weight = 0.0

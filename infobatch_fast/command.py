@@ -1,0 +1,163 @@
+"""What every command here does: read flags, say lines, stop on a signal, and end with one line."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import TypeVar
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from infobatch_fast.errors import UserError
+
+OptionsT = TypeVar("OptionsT")
+Say = Callable[[str], None]
+
+
+class Interrupted(BaseException):
+    """A signal ended the run; `code` is the exit code.
+
+    No Exception, as KeyboardInterrupt is none: who expects any failure must not take it for one.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+class Unheard(Exception):
+    """The output takes no more lines."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM, taken over in a `with`: raised at once, in training at a step's end."""
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.received: int | None = None
+
+    def __enter__(self) -> "Interrupts":
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.deferred and self.received is None:
+            self.received = number
+        else:
+            raise Interrupted(number, "stopped at once; nothing more was written")
+
+
+def command(body: Callable[[Interrupts, Say], None], out_of_memory: str) -> int:
+    """Run a command's body; a mistake, a signal or a deaf output ends it with one line.
+
+    Args:
+        body: gets the signals, and what shows a line to the user.
+        out_of_memory: what to lower where memory ran out.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake or no room, 128 and a signal's number.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a folder's name in a terminal's ASCII
+
+    def say(line: str) -> None:
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            # Keep Python from failing at it again when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise Unheard(error) from None
+
+    try:
+        with Interrupts() as interrupts:
+            body(interrupts, say)
+    except UserError as error:
+        return complain(f"error: {error}", 2)
+    except Interrupted as stop:
+        return complain(str(stop), stop.code)
+    except Unheard as error:
+        if isinstance(error.reason, BrokenPipeError):  # of `| head`: not worth a word
+            return 128 + signal.SIGPIPE
+        return complain(f"error: cannot write the output: {error.reason.strerror}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return complain(f"error: out of memory: {out_of_memory}", 2)
+    return 0
+
+
+def complain(message: str, code: int) -> int:
+    """Print one line to stderr, whatever a path in it may hold, and return `code`."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    with suppress(OSError):  # nowhere to complain
+        print(plain, file=sys.stderr, flush=True)
+    return code
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host's or the device's memory ran out."""
+    text = str(error).lower()
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    # The last is what oneDNN says on a CPU.
+    signs = ("out of memory", "can't allocate memory", "could not create a primitive")
+    return known or any(sign in text for sign in signs)
+
+
+def parse(
+    kind: type[OptionsT], arguments: Sequence[str], program: str, default: OptionsT
+) -> OptionsT:
+    """A dataclass from the command line, by tyro.
+
+    Args:
+        kind: the dataclass; its docstring is the help text.
+        arguments: the words after the program's name.
+        program: how the user calls it.
+        default: the values of flags that are not given.
+
+    Raises:
+        UserError: a flag does not parse, in one line.
+        SystemExit: with code 0 after --help.
+    """
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(kind, prog=program, args=list(arguments), default=default)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise UserError(_one_line(message.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The words of tyro's framed error message, up to its second rule."""
+    words: list[str] = []
+    rules = 0
+    for framed in box.splitlines()[1:]:
+        line = framed.strip("│╭╮╰╯ ")
+        if line.startswith("──"):
+            rules += 1
+        if rules == 2 or line.startswith(("For full helptext", "Argument helptext")):
+            break
+        if not line.startswith("──") and not framed.startswith("│" + 9 * " "):  # a flag's help
+            words.append(line)
+    return " ".join(" ".join(words).split()) or "the command line does not parse"

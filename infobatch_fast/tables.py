@@ -1,0 +1,51 @@
+"""Tables of text that read well in a terminal and are Markdown as they stand."""
+
+from collections.abc import Sequence
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """A Markdown table with aligned columns, a line an element.
+
+    Args:
+        headers: a name for each column.
+        rows: as many cells each; a "|" or a line break in one is taken care of.
+        left: how many of the first columns hold words, and are aligned to the left.
+    """
+    cells = [[_plain(cell) for cell in row] for row in (headers, *rows)]
+    assert all(len(row) == len(headers) for row in cells), "a row of another length"
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return [line(cells[0]), line(rule), *(line(row) for row in cells[1:])]
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it, to three figures: 12.3 us, 4.56 ms, 7.89 s."""
+    size = abs(value)
+    unit, factor = (
+        ("s", 1.0) if size >= 0.9995 else ("ms", 1e3) if size >= 0.9995e-3 else ("us", 1e6)
+    )
+    return f"{figures(value * factor)} {unit}"
+
+
+def figures(value: float) -> str:
+    """A number to three figures, without an exponent: 1,230, 45.6, 0.00789."""
+    if value == 0:
+        return "0"
+    magnitude = abs(value)
+    digits = 0
+    while magnitude < 99.95 and digits < 12:
+        magnitude *= 10
+        digits += 1
+    return f"{value:,.{digits}f}"
+
+
+def _plain(cell: str) -> str:
+    return " ".join(str(cell).split()).replace("|", "\\|")
