@@ -20,12 +20,13 @@ DATASETS = ("cifar10", "cifar100", "synthetic")
 AMP = ("bf16", "fp16", "off")
 LOADERS = ("auto", "dali", "torch")
 DEVICES = ("auto", "cuda", "cpu")
+HOST_SYNCS = ("off", "count", "forbid")
 
 # Never written to a run's record: they name places on this machine, or an action.
 UNRECORDED = ("data_dir", "out", "resume", "evaluate")
 # What --resume may change: none of it alters which samples are trained on, or how. A device does:
 # its generators draw other plans from the same seed.
-RESUMABLE = ("data_dir", "loader", "checkpoint_every", "eval_every")
+RESUMABLE = ("data_dir", "loader", "checkpoint_every", "eval_every", "telemetry", "host_syncs")
 EVALUABLE = ("data_dir", "device")
 
 _FOLDER = tyro.conf.arg(metavar="PATH", help_behavior_hint="")
@@ -71,10 +72,14 @@ class Config:
         seed: of the initialisation, the plans and the augmentation.
         device: auto is CUDA where there is one.
         eval_every: epochs between evaluations on the test set; the last epoch is always evaluated.
+        telemetry: phases of an epoch, energy and score histograms in the run's records; with
+            --no-telemetry the epochs' seconds alone.
+        host_syncs: count the host syncs of each epoch, or forbid those within it and stop at the
+            first; on a CPU the reads that would be one on a GPU, and slower.
         checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
         out: the run's folder, new or empty; default runs/<name>.
-        resume: run folder to continue; only --data-dir, --loader, --checkpoint-every and
-            --eval-every may change.
+        resume: run folder to continue; only --data-dir, --loader, --checkpoint-every,
+            --eval-every, --telemetry and --host-syncs may change.
         evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
     """
 
@@ -105,6 +110,8 @@ class Config:
     device: Annotated[str, _one_of(*DEVICES)] = "auto"
     eval_every: int = 1
     checkpoint_every: int = 0
+    telemetry: bool = True
+    host_syncs: Annotated[str, _one_of(*HOST_SYNCS)] = "off"
     out: Annotated[Path | None, _FOLDER] = None
     resume: Annotated[Path | None, _FOLDER] = None
     evaluate: Annotated[Path | None, _FOLDER] = None
@@ -119,6 +126,7 @@ class Config:
             ("dataset", self.dataset or DATASETS[0], DATASETS),
             ("loader", self.loader, LOADERS),
             ("device", self.device, DEVICES),
+            ("host_syncs", self.host_syncs, HOST_SYNCS),
         ):
             if value not in known:
                 raise UserError(unknown_name(argument, value, known))

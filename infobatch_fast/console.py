@@ -71,13 +71,17 @@ def epoch_line(line: dict[str, Any], epochs: int, samples: int) -> str:
     width = len(str(epochs))
     loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
     accuracy = "     -" if line["accuracy"] is None else f"{line['accuracy']:6.2%}"
-    seconds = line["train_seconds"] + line["pruning_seconds"]
+    pruning = line["pruning_seconds"]
     text = (
         f"epoch {line['epoch']:{width}}/{epochs}  kept {line['kept']:{len(f'{samples:,}')},}/"
         f"{samples:,}  loss {loss}  lr {line['lr']:.2e}  accuracy {accuracy}  "
         f"{line['images_per_second']:7,.0f} images/s  "
-        f"{seconds:.2f} s  pruning {line['pruning_seconds']:.4f} s"
+        f"{line['train_seconds'] + (pruning or 0.0):.2f} s"
     )
+    if pruning is not None:
+        text += f"  pruning {pruning:.4f} s"
+    if line["host_syncs"] is not None:
+        text += f"  host syncs {line['host_syncs']}"
     if line["skipped_steps"]:
         text += f"  SKIPPED {line['skipped_steps']} non-finite steps"
     return text
@@ -86,21 +90,54 @@ def epoch_line(line: dict[str, Any], epochs: int, samples: int) -> str:
 def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
     """The results of a finished run."""
     full = summary["samples_trained"] + summary["samples_saved"]
-    share = summary["pruning_seconds"] / max(
-        summary["pruning_seconds"] + summary["train_seconds"], 1e-9
-    )
     lines = [
         f"accuracy   {summary['accuracy_last']:.2%} after the last epoch; best "
         f"{summary['accuracy_best']:.2%} (epoch {summary['accuracy_best_epoch']}, picked on the "
         "test set)",
-        f"time       training {summary['train_seconds']:.1f} s, pruning "
-        f"{summary['pruning_seconds']:.3f} s ({share:.2%} of both), evaluation "
-        f"{summary['evaluation_seconds']:.1f} s, checkpoints {summary['checkpoint_seconds']:.1f} s",
+        _time_line(summary),
         f"samples    trained on {summary['samples_trained']:,} of {full:,}; saved "
         f"{summary['samples_saved']:,} ({summary['saved_share']:.1%})",
+        _energy_line(summary),
         f"memory     {summary['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
         f"run        {folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt",
     ]
+    if summary["phases"] is not None:
+        lines.insert(2, phases_line(summary["phases"]))
+    if summary["host_syncs"] is not None:
+        lines.insert(-2, f"host syncs {summary['host_syncs']:,} within {summary['epochs']} epochs")
     if summary["data"] != "genuine":
         lines.append("WARNING: this was SYNTHETIC data; the accuracy says nothing of CIFAR-10")
     return lines
+
+
+def phases_line(phases: dict[str, float]) -> str:
+    """What each phase took, and its share of them all."""
+    total = max(sum(phases.values()), 1e-9)
+    words = [f"{name} {took:.2f} s ({took / total:.1%})" for name, took in phases.items()]
+    return f"phases     {', '.join(words)}"
+
+
+def _time_line(summary: dict[str, Any]) -> str:
+    training, pruning = summary["train_seconds"], summary["pruning_seconds"]
+    line = f"time       {summary['seconds']:.1f} s: training {training:.1f} s, "
+    if pruning is not None:
+        share = pruning / max(pruning + training, 1e-9)
+        line += f"pruning {pruning:.3f} s ({share:.2%} of both), "
+    return line + (
+        f"evaluation {summary['evaluation_seconds']:.1f} s, "
+        f"checkpoints {summary['checkpoint_seconds']:.1f} s"
+    )
+
+
+def _energy_line(summary: dict[str, Any]) -> str:
+    if summary["joules"] is None:
+        absent = summary["nvml"]["absent"]
+        why = absent.get("all") or absent.get("joules") or "not in every session of the run"
+        return f"energy     not measured: {why}"
+    line = f"energy     {summary['joules']:,.0f} J"
+    if summary["joules_per_image"] is not None:
+        line += (
+            f": {summary['joules_per_image']:.4f} J an image trained on, and by that about "
+            f"{summary['joules_saved']:,.0f} J saved"
+        )
+    return line

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,23 @@ from infobatch_fast.config import Config
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import Plan
 from infobatch_fast.step import Counts, TrainStep
-from infobatch_fast.telemetry import peak_memory
+from infobatch_fast.telemetry import PHASES, PRUNING, Nvml, peak_memory
 
 NONFINITE_LIMIT = 20  # such steps in a row end the run
 CHECKPOINT_SECONDS = 60.0
 
-# Apart from each other: what pruning took is not in the training time.
-SECONDS = ("train_seconds", "pruning_seconds", "evaluation_seconds", "checkpoint_seconds")
-
-_SUMMARISED = {"accuracy", "kept", "loss", "skipped_steps", *SECONDS}  # of each epoch's line
+# "seconds" is all of an epoch's wall time; the others are parts of it, apart from each other: what
+# pruning took is not in the training time.
+SECONDS = (
+    "seconds",
+    "train_seconds",
+    "pruning_seconds",
+    "evaluation_seconds",
+    "checkpoint_seconds",
+)
+JOULES = ("joules", "train_joules")  # of the epoch, and of its training and pruning alone
+_SUMMED = ("kept", "skipped_steps", *SECONDS, *JOULES, "host_syncs")
+_SUMMARISED = {"accuracy", "loss", "phases", *_SUMMED}  # of each epoch's line
 
 
 class Diverged(Exception):
@@ -34,36 +44,75 @@ class Progress:
         step: the training step, whose state the checkpoints hold.
         path: the checkpoint's file.
         settings: saved beside it, and compared when it is loaded.
+        meter: of the device's energy.
     """
 
-    def __init__(self, step: TrainStep, path: Path, settings: Config) -> None:
-        self.step, self.path, self.settings = step, path, settings
+    def __init__(self, step: TrainStep, path: Path, settings: Config, meter: Nvml) -> None:
+        self.step, self.path, self.settings, self.meter = step, path, settings, meter
         self.epoch = 0  # epochs finished
+        self.since_epoch = 1  # the first that this session trained in
         self.history: list[dict[str, Any]] = []
-        self.seconds: dict[str, float] = dict.fromkeys(
-            SECONDS, 0.0
-        )  # since the last epoch was closed
+        self._clear()
         self._saved_at = -math.inf
-        self._began: float | None = None
+        self._now: tuple[float, float | None] = 0.0, None  # when what was spent was last added up
+        self._training: tuple[float, float | None] | None = None
+
+    def _clear(self) -> None:
+        # Since the last epoch was closed; None is "not measured".
+        self.spent: dict[str, float | None] = dict.fromkeys((*SECONDS, *JOULES), 0.0)
+        self.phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+
+    def begin(self) -> None:
+        """Count time and energy from now on."""
+        self._now = time.perf_counter(), self.meter.joules()
+        self.step.phases.read()
 
     def start_clock(self) -> None:
-        """Count the wall time from now on as training."""
-        self._began = time.perf_counter()
+        """Count time and energy from now on as training."""
+        self._training = time.perf_counter(), self.meter.joules()
 
     def stop_clock(self) -> None:
-        """End that; what the phases took of it is counted as pruning instead."""
-        assert self._began is not None
-        phases = self.step.phases.read()
-        pruning = sum(phases.get(name, 0.0) for name in ("choose", "update"))
-        self.seconds["pruning_seconds"] += pruning
-        self.seconds["train_seconds"] += time.perf_counter() - self._began - pruning
-        self._began = None
+        """End that; what the phases took of it for pruning is counted as pruning instead."""
+        assert self._training is not None
+        seconds, joules = self._since(self._training)
+        phases = self._add_phases()
+        pruning = sum(phases.get(name, 0.0) for name in PRUNING) if phases else None
+        self._add(
+            pruning_seconds=pruning, train_seconds=seconds - (pruning or 0.0), train_joules=joules
+        )
+        self._training = None
+
+    @contextmanager
+    def spending(self, name: str) -> Iterator[None]:
+        """Add what the block takes to one of `SECONDS`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(**{name: time.perf_counter() - start})
 
     def close_epoch(
-        self, plan: Plan, counts: Counts, lr: float, accuracy: float | None
+        self,
+        plan: Plan,
+        counts: Counts,
+        *,
+        lr: float,
+        accuracy: float | None,
+        host_syncs: int | None,
+        histogram: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        """Add the epoch to the history, and begin to count the next one's seconds."""
-        seconds = self.seconds["train_seconds"] + self.seconds["pruning_seconds"]
+        """Add the epoch to the history, and begin to count what the next one spends.
+
+        Args:
+            plan: the epoch's.
+            counts: of its steps.
+            lr: of its last step.
+            accuracy: on the test set, if it was evaluated.
+            host_syncs: if they were counted.
+            histogram: of the scores at its end, if telemetry is on.
+        """
+        self._add_up()
+        seconds = (self.spent["train_seconds"] or 0.0) + (self.spent["pruning_seconds"] or 0.0)
         self.epoch += 1
         line = {
             "epoch": self.epoch,
@@ -74,11 +123,36 @@ class Progress:
             "accuracy": accuracy,
             "images_per_second": len(plan) / seconds,
             "skipped_steps": counts.skipped,
-            **self.seconds,
+            **self.spent,
+            "host_syncs": host_syncs,
+            "phases": self.phases if self.step.phases.enabled else None,
+            "score_histogram": histogram,
         }
         self.history.append(line)
-        self.seconds = dict.fromkeys(SECONDS, 0.0)
+        self._clear()
         return line
+
+    def _add_up(self) -> None:
+        """Bring `spent` and `phases` up to now."""
+        seconds, joules = self._since(self._now)
+        self._now = time.perf_counter(), self.meter.joules()
+        self._add(seconds=seconds, joules=joules)
+        self._add_phases()
+
+    def _since(self, then: tuple[float, float | None]) -> tuple[float, float | None]:
+        seconds, joules = time.perf_counter() - then[0], self.meter.joules()
+        return seconds, None if joules is None or then[1] is None else joules - then[1]
+
+    def _add(self, **amounts: float | None) -> None:
+        for name, amount in amounts.items():
+            before = self.spent[name]
+            self.spent[name] = None if before is None or amount is None else before + amount
+
+    def _add_phases(self) -> dict[str, float]:
+        phases = self.step.phases.read()
+        for name, seconds in phases.items():
+            self.phases[name] += seconds
+        return phases
 
     def check_finite(self, longest: int) -> None:
         """Raise Diverged if `longest` steps in a row that changed nothing are too many."""
@@ -103,34 +177,36 @@ class Progress:
             Diverged: instead of saving a state that goes nowhere.
             UserError: the disk is full; the older checkpoint is still there.
         """
-        training = self._began is not None
+        training = self._training is not None
         if training:
             self.stop_clock()
-        start = time.perf_counter()
-        state = self.step.state_dict()
-        self.check_finite(int(state["counts"][-1]))  # the host waits: it copies all of it anyway
-        drawn = None
-        if plan is not None:
-            drawn = {
-                "num_prunable": plan.num_prunable,
-                "indices": plan.indices,
-                "weights": plan.weights,
-            }
-        checkpoint.save(
-            self.path,
-            {
-                "config": self.settings.recorded(),
-                "step": state,
-                "epoch": self.epoch,
-                "plan": drawn,
-                "number": number,
-                "history": self.history,
-                "seconds": self.seconds,
-                "random": torch.get_rng_state(),
-            },
-        )
+        self._add_up()
+        with self.step.phases("checkpoint"), self.spending("checkpoint_seconds"):
+            state = self.step.state_dict()
+            # The host waits: it copies all of it anyway.
+            self.check_finite(int(state["counts"][-1]))
+            drawn = None
+            if plan is not None:
+                drawn = {
+                    "num_prunable": plan.num_prunable,
+                    "indices": plan.indices,
+                    "weights": plan.weights,
+                }
+            checkpoint.save(
+                self.path,
+                {
+                    "config": self.settings.recorded(),
+                    "step": state,
+                    "epoch": self.epoch,
+                    "plan": drawn,
+                    "number": number,
+                    "history": self.history,
+                    "spent": self.spent,
+                    "phases": self.phases,
+                    "random": torch.get_rng_state(),
+                },
+            )
         self._saved_at = time.monotonic()
-        self.seconds["checkpoint_seconds"] += time.perf_counter() - start
         if training:
             self.start_clock()
 
@@ -150,7 +226,10 @@ class Progress:
             self.step.load_state_dict(saved["step"])
             torch.set_rng_state(saved["random"])
             self.epoch, self.history = int(saved["epoch"]), list(saved["history"])
-            self.seconds = {name: float(saved["seconds"][name]) for name in SECONDS}
+            self.since_epoch = self.epoch + 1
+            spent = {name: saved["spent"][name] for name in self.spent}
+            self.spent = {n: None if v is None else float(v) for n, v in spent.items()}
+            self.phases = {name: float(saved["phases"][name]) for name in PHASES}
             if len(self.history) != self.epoch or self.epoch > self.settings.epochs:
                 raise ValueError(f"{self.epoch} epochs but a history of {len(self.history)}")
             for number, line in enumerate(self.history, 1):
@@ -182,13 +261,18 @@ class Progress:
 
     def summary(self, samples: int, source: str) -> dict[str, Any]:
         """The results of a finished run on `samples` training samples."""
+        self._add_up()
         history = self.history
-        trained = sum(line["kept"] for line in history)
         full = samples * len(history)
         evaluated = [line for line in history if line["accuracy"] is not None]
         best = max(evaluated, key=lambda line: line["accuracy"])
-        # A checkpoint after the last epoch is in no epoch's line.
-        seconds = {n: sum(line[n] for line in history) + self.seconds[n] for n in SECONDS}
+        # What came after the last epoch, a checkpoint say, is in no epoch's line.
+        rest = {**dict.fromkeys(_SUMMED, 0), **self.spent}
+        total = {n: _sum([*(line[n] for line in history), rest[n]]) for n in _SUMMED}
+        here = self.phases if self.step.phases.enabled else None
+        phases = [*(line["phases"] for line in history), here]
+        trained, joules = total["kept"], total["train_joules"]
+        an_image = None if joules is None else joules / trained
         return {
             "accuracy_last": evaluated[-1]["accuracy"],
             "accuracy_best": best["accuracy"],
@@ -198,9 +282,29 @@ class Progress:
             "samples_trained": trained,
             "samples_saved": full - trained,
             "saved_share": (full - trained) / full,
-            **seconds,
-            "images_per_second": trained / (seconds["train_seconds"] + seconds["pruning_seconds"]),
-            "skipped_steps": sum(line["skipped_steps"] for line in history),
+            **{name: total[name] for name in SECONDS},
+            "phases": _sum_phases(phases),
+            "images_per_second": trained
+            / (total["train_seconds"] + (total["pruning_seconds"] or 0.0)),
+            "skipped_steps": total["skipped_steps"],
+            "host_syncs": total["host_syncs"],
+            **{name: total[name] for name in JOULES},
+            "joules_per_image": an_image,
+            # An estimate: had the samples saved cost what those trained on did.
+            "joules_saved": None if an_image is None else an_image * (full - trained),
+            # NVML sees one session: of a resumed run, the epochs from here on.
+            "nvml": {"since_epoch": self.since_epoch, **self.meter.read()},
             "peak_memory_bytes": peak_memory(self.step.found_inf.device),
             "data": source,
         }
+
+
+def _sum(values: list[Any]) -> Any:
+    return None if None in values else sum(values)
+
+
+def _sum_phases(parts: list[dict[str, float] | None]) -> dict[str, float] | None:
+    measured = [part for part in parts if part is not None]
+    if len(measured) < len(parts):
+        return None
+    return {name: sum(part[name] for part in measured) for name in PHASES}

@@ -35,7 +35,7 @@ def make_folder(folder: Path) -> bool:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run's folder {folder}: {_reason(error)}") from None
+        raise UserError(f"cannot make the folder {folder}: {_reason(error)}") from None
     return made
 
 

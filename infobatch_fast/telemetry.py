@@ -1,16 +1,39 @@
-"""Where an epoch's time goes, measured without making the host wait."""
+"""Where an epoch's time goes, measured without making the host wait.
 
+Host syncs are watched by `syncs.py`, the card itself by `nvml.py`.
+"""
+
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from infobatch_fast.nvml import Nvml
+from infobatch_fast.syncs import HostSync, HostSyncs, host_syncs, trace_syncs
+
+__all__ = [
+    "HostSync",
+    "HostSyncs",
+    "Nvml",
+    "Phases",
+    "host_syncs",
+    "peak_memory",
+    "score_histogram",
+    "trace_syncs",
+]
 
 ItemT = TypeVar("ItemT")
 
 OTHER = "other"
+# Of the trainer, in the order of an epoch: "step" is without the update within it, and "other" what
+# is in none of them.
+PHASES = ("choose", "wait", "step", "update", "evaluation", "checkpoint", OTHER)
+PRUNING = ("choose", "update")  # what pruning adds
 _MARKS = 2000
 
 
@@ -109,6 +132,28 @@ class _Span(AbstractContextManager):
 
     def __exit__(self, *error: object) -> None:
         self._phases._mark(self._phases._open.pop())
+
+
+# Of losses, equal in the logarithm: 32 bins a decade.
+SCORE_LOW, SCORE_HIGH, SCORE_BINS = 1e-2, 1e2, 128
+
+
+@torch.no_grad()
+def score_histogram(scores: Tensor) -> dict[str, Any]:
+    """How the scores are distributed, for an epoch's record; the host waits for it.
+
+    Args:
+        scores: (N,) float32, losses.
+
+    Returns:
+        low and high, the ends of SCORE_BINS bins that are equal in the logarithm; counts, a list of
+        the scores below low, those in each bin, and those from high on; and unseen, of NaN.
+    """
+    place = (scores / SCORE_LOW).log2_().mul_(SCORE_BINS / math.log2(SCORE_HIGH / SCORE_LOW))
+    place = place.floor_().clamp_(-1, SCORE_BINS).nan_to_num_(SCORE_BINS + 1).add_(1).long()
+    counts = torch.zeros(SCORE_BINS + 3, dtype=torch.int64, device=scores.device)
+    *counts, unseen = counts.scatter_add_(0, place, torch.ones_like(place)).tolist()
+    return {"low": SCORE_LOW, "high": SCORE_HIGH, "counts": counts, "unseen": unseen}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,8 +10,8 @@ if __name__ == "__main__":
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from infobatch_fast.optim import make_optimizer
 from infobatch_fast.progress import Diverged, Progress
 from infobatch_fast.schedule import one_cycle
 from infobatch_fast.step import AUTOCAST, TrainStep
-from infobatch_fast.telemetry import Phases
+from infobatch_fast.telemetry import HostSync, HostSyncs, Nvml, Phases, host_syncs, score_histogram
 
 EVALUATION_BATCH = 1000
 OUT_OF_MEMORY = (
@@ -65,6 +65,11 @@ def train(
         UserError: the checkpoint does not fit, or the disk is full.
     """
     device, samples, epochs = data.images.device, data.labels.numel(), settings.epochs
+    if settings.compile and settings.host_syncs != "off" and device.type == "cpu":
+        # What watches the reads would silently keep torch.compile from compiling.
+        raise UserError(
+            f"host_syncs must be off with --compile on a CPU, got {settings.host_syncs}"
+        )
     torch.manual_seed(settings.seed)  # nothing here draws from it; a model with dropout would
     torch.backends.cudnn.benchmark = True
     model = make_model(settings.model, data.num_classes, seed=settings.seed)
@@ -89,7 +94,7 @@ def train(
         amp=settings.amp,
         label_smoothing=settings.label_smoothing,
         compile=settings.compile,
-        phases=Phases(device),
+        phases=Phases(device, enabled=settings.telemetry),
     )
     loader, note = make_loader(
         settings.loader,
@@ -105,7 +110,8 @@ def train(
     for line in [*console.header(settings, data, *about), *([note] if note else [])]:
         say(line)
 
-    progress = Progress(step, folder / record.CHECKPOINT, settings)
+    phases, meter = step.phases, Nvml(device, enabled=settings.telemetry)
+    progress = Progress(step, folder / record.CHECKPOINT, settings, meter)
     plan, start = None, 0
     if saved is not None:
         plan, start = progress.restore(saved)
@@ -119,26 +125,35 @@ def train(
             raise Interrupted(interrupts.received, f"stopped; continue with --resume {folder}")
 
     interrupts.deferred = True
-    with tqdm(disable=plain, file=sys.stdout, leave=False, unit="step") as bar:
+    with meter, tqdm(disable=plain, file=sys.stdout, leave=False, unit="step") as bar:
+        progress.begin()
         for epoch in range(progress.epoch, epochs):
             progress.start_clock()
+            # Of an epoch that is resumed midway the first part is not known.
+            counted, syncs = settings.host_syncs != "off" and plan is None, 0
             if plan is None:
                 step.begin_epoch()
-                with step.phases("choose"):
+                with phases("choose"), _watch(settings, device, "count") as watch:
                     plan = infobatch.sample(epoch, whole)
+                syncs = watch.count
             steps = math.ceil(len(plan) / settings.batch_size)
             bar.reset(total=steps)
             bar.update(start)
             bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
             model.train()
-            for number, (images, labels, batch) in enumerate(loader.epoch(plan, start), start + 1):
-                step(images, labels, batch, *_schedule(settings, epoch, number, steps))
-                bar.update()
-                asked = settings.checkpoint_every and number % settings.checkpoint_every == 0
-                if asked or interrupts.received:
-                    progress.save(plan, number)
-                    stop_if_asked()
+            with _watch(settings, device, settings.host_syncs) as watch:
+                batches = phases.each("wait", loader.epoch(plan, start))
+                for number, (images, labels, batch) in enumerate(batches, start + 1):
+                    with phases("step"):
+                        step(images, labels, batch, *_schedule(settings, epoch, number, steps))
+                    bar.update()
+                    asked = settings.checkpoint_every and number % settings.checkpoint_every == 0
+                    if asked or interrupts.received:
+                        with watch.allowed():
+                            progress.save(plan, number)
+                        stop_if_asked()
+            syncs += watch.count
             counts = step.read_counts()
             progress.stop_clock()
             progress.check_finite(counts.longest)
@@ -146,14 +161,19 @@ def train(
             accuracy = None
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
-                began = time.perf_counter()
-                accuracy = evaluate(model, data, settings.amp, interrupts)
-                progress.seconds["evaluation_seconds"] += time.perf_counter() - began
+                with phases("evaluation"), progress.spending("evaluation_seconds"):
+                    accuracy = evaluate(model, data, settings.amp, interrupts)
             if interrupts.received:
                 progress.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
                 stop_if_asked()
-            lr, _ = _schedule(settings, epoch, steps, steps)
-            line = progress.close_epoch(plan, counts, lr, accuracy)
+            line = progress.close_epoch(
+                plan,
+                counts,
+                lr=_schedule(settings, epoch, steps, steps)[0],
+                accuracy=accuracy,
+                host_syncs=syncs if counted else None,
+                histogram=score_histogram(infobatch.scores) if settings.telemetry else None,
+            )
             record.write_epochs(folder / record.EPOCHS, progress.history)
             say(console.epoch_line(line, epochs, samples))
             plan, start = None, 0
@@ -168,6 +188,13 @@ def train(
     summary = progress.summary(samples, data.source)
     record.write_json(folder / record.SUMMARY, summary)
     return summary
+
+
+def _watch(
+    settings: Config, device: torch.device, action: str
+) -> AbstractContextManager[HostSyncs]:
+    """`host_syncs`, if --host-syncs asks for it."""
+    return host_syncs(device, "off" if settings.host_syncs == "off" else action)
 
 
 def _schedule(settings: Config, epoch: int, number: int, steps: int) -> tuple[float, float]:
@@ -284,7 +311,8 @@ def run(arguments: Sequence[str], interrupts: Interrupts, say: Callable[[str], N
     with record.locked(folder):
         record.check_empty(folder)
         try:
-            about = {"config": settings.recorded(), "data": data.source}
+            samples = {"train": data.labels.numel(), "test": data.test_labels.numel()}
+            about = {"config": settings.recorded(), "data": data.source, "samples": samples}
             record.write_json(folder / record.CONFIG, {**about, **record.provenance(device)})
             summary = train(settings, data, folder, None, interrupts, say)
         except (UserError, MemoryError, RuntimeError):
@@ -370,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         return command(lambda interrupts, say: run(words, interrupts, say), OUT_OF_MEMORY)
-    except Diverged as error:
+    except (Diverged, HostSync) as error:
         return complain(f"error: {error}", 1)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from infobatch_fast import Batch, InfoBatch, TorchLoader
+from infobatch_fast.syncs import host_syncs
 
 
 def make(n: int = 300, epochs: int = 8, **kwargs) -> InfoBatch:
@@ -225,10 +226,10 @@ def test_14_a_ratio_out_of_range_is_an_error(ratio: float) -> None:
         InfoBatch(10, 8, ratio=ratio, device="cpu")
 
 
-def test_15_update_reads_nothing_back(host_reads) -> None:
+def test_15_update_reads_nothing_back() -> None:
     infobatch = make()
     plan = infobatch.sample(1)
-    with host_reads() as reads:
+    with host_syncs(torch.device("cpu"), "count") as reads:
         for batch in plan.batches(32):
             infobatch.update(torch.rand(batch.indices.numel()), batch)
     assert reads.count == 0
@@ -236,12 +237,12 @@ def test_15_update_reads_nothing_back(host_reads) -> None:
 
 
 @pytest.mark.gpu
-def test_15_scores_and_plans_live_on_the_gpu(no_sync) -> None:
+def test_15_scores_and_plans_live_on_the_gpu() -> None:
     infobatch = InfoBatch(1000, 8)
     plan = infobatch.sample(0)
     assert infobatch.scores.is_cuda
     assert plan.indices.is_cuda
     assert plan.weights.is_cuda
     losses = torch.ones(100, device="cuda")
-    with no_sync():
+    with host_syncs(torch.device("cuda"), "forbid"):
         infobatch.update(losses, plan.batch(0, 100))

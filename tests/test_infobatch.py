@@ -16,6 +16,7 @@ from scipy import stats
 from infobatch_fast import Batch, InfoBatch, TorchLoader
 from infobatch_fast.infobatch import first_full_epoch, per_sample
 from infobatch_fast.kernels import reference
+from infobatch_fast.syncs import host_syncs
 
 
 def make(n: int, epochs: int = 8, **kwargs) -> InfoBatch:
@@ -319,12 +320,12 @@ def test_found_inf_keeps_the_scores() -> None:
     assert infobatch.scores.tolist() == [0, 8, 9, 3]
 
 
-def test_one_host_read_a_pruned_epoch_and_none_elsewhere(host_reads) -> None:
+def test_one_host_read_a_pruned_epoch_and_none_elsewhere() -> None:
     infobatch = with_scores(np.random.default_rng(0).random(1000), delta=0.5)
-    with host_reads() as reads:
+    with host_syncs(torch.device("cpu"), "count") as reads:
         plan = infobatch.sample(1, 32)
     assert reads.count == 1
-    with host_reads() as reads:
+    with host_syncs(torch.device("cpu"), "count") as reads:
         infobatch.sample(7)
         for batch in plan.batches(64):
             infobatch.update(torch.ones(batch.indices.numel(), dtype=torch.float16), batch)
@@ -444,18 +445,20 @@ def test_a_batch_of_one_may_be_squeezed() -> None:
 
 
 @pytest.mark.gpu
-def test_no_sync_in_update_and_one_an_epoch_on_cuda(no_sync) -> None:
+def test_no_sync_in_update_and_one_an_epoch_on_cuda() -> None:
     infobatch = InfoBatch(50_000, 8, delta=0.5)
     infobatch.scores.uniform_()
     plan = infobatch.sample(1)
     losses = torch.rand(200, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     generator = torch.Generator("cuda")
-    with no_sync():
+    with host_syncs(torch.device("cuda"), "forbid"):
         infobatch.update(losses, plan.batch(0, 200)).backward()
         infobatch.sample(7)
         prunable = reference.well_learned(infobatch.scores)
     n = int(prunable.sum())
-    with no_sync():  # so that the one sync of an epoch is the count
+    with host_syncs(
+        torch.device("cuda"), "forbid"
+    ):  # so that the one sync of an epoch is the count
         reference.choose(prunable, n, n // 2, 2.0, generator)
         with pytest.raises(RuntimeError, match="synchroniz"):
             infobatch.sample(2)

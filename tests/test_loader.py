@@ -17,6 +17,7 @@ from infobatch_fast.augment import augmentation
 from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch, Plan
 from infobatch_fast.loader import DaliLoader, TorchLoader, make_loader
+from infobatch_fast.syncs import host_syncs
 
 try:
     import nvidia.dali
@@ -661,13 +662,13 @@ def test_cuda_slow_consumers_read_no_overwritten_batch(kind, ahead, own_stream):
 @pytest.mark.gpu
 @needs_cuda
 @every
-def test_cuda_iterating_does_not_wait_for_the_device(kind, ahead, no_sync):
+def test_cuda_iterating_does_not_wait_for_the_device(kind, ahead):
     images, labels = numbered_images(500)
     loader = kind(images.cuda(), labels.cuda(), 16, **PIXELS, **ahead)
     plan = random_plan(500, 200, device="cuda")
     list(loader.epoch(plan))  # what is allocated or compiled once may wait
     torch.cuda.synchronize()
-    with no_sync():
+    with host_syncs(torch.device("cuda"), "forbid"):
         iterator = iter(loader.epoch(plan, 1))
         # Work of half a second stands before the batches: the host must run ahead of it. torch's
         # debug mode does not see a wait inside DALI; an event that is not over does.

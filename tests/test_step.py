@@ -11,6 +11,7 @@ from infobatch_fast import Batch, InfoBatch
 from infobatch_fast.models import make_model
 from infobatch_fast.optim import OPTIMIZERS, make_optimizer
 from infobatch_fast.step import TrainStep
+from infobatch_fast.syncs import host_syncs
 from infobatch_fast.telemetry import Phases
 
 
@@ -127,10 +128,10 @@ def test_rows_of_skipped_steps_are_counted() -> None:
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_no_host_read_in_the_step(amp: str, optimizer: str, host_reads) -> None:
+def test_no_host_read_in_the_step(amp: str, optimizer: str) -> None:
     step = make_step(optimizer, amp)
     step(*make_batch(0), 0.01, 0.9)
-    with host_reads() as reads:
+    with host_syncs(torch.device("cpu"), "count") as reads:
         step(*make_batch(1), 0.01, 0.9)
     assert reads.count == 0
 
@@ -214,12 +215,12 @@ def test_a_model_without_buffers() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_no_sync_in_the_step_on_cuda(optimizer: str, amp: str, no_sync) -> None:
+def test_no_sync_in_the_step_on_cuda(optimizer: str, amp: str) -> None:
     step = make_step(optimizer, amp, "cuda")
     data = make_batch(0, device="cuda")
     for _ in range(3):
         step(*data, 0.01, 0.9)
-    with no_sync():
+    with host_syncs(torch.device("cuda"), "forbid"):
         for _ in range(3):
             step(*data, 0.01, 0.9)
     assert step.read_counts().loss < 100

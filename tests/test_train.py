@@ -19,18 +19,20 @@ from torchvision.transforms.functional import normalize
 from infobatch_fast import InfoBatch, checkpoint, record, train
 from infobatch_fast.config import Config
 from infobatch_fast.data import make_synthetic
+from infobatch_fast.infobatch import Plan
 from infobatch_fast.kernels import reference
 from infobatch_fast.models import make_model
 from infobatch_fast.progress import SECONDS, Diverged, Progress
 from infobatch_fast.record import source_hash
 from infobatch_fast.schedule import one_cycle
+from infobatch_fast.telemetry import PHASES, Nvml
 
 TINY = (
     "--device cpu --dataset synthetic --synthetic-samples 300 --batch-size 25 --epochs 4 "
     "--max-lr 0.05"
 ).split()
 STEP = train.TrainStep
-TIMES = re.compile(r"_seconds$|images_per_second")
+TIMES = re.compile(r"seconds$|images_per_second|^phases$|^spent$")
 
 
 def run_main(*arguments: object) -> int:
@@ -57,7 +59,7 @@ def assert_equal(one, other, where: str = "") -> None:
     if isinstance(one, dict):
         assert list(one) == list(other), where
         for key in one:
-            if not (isinstance(key, str) and (TIMES.search(key) or key == "seconds")):
+            if not (isinstance(key, str) and TIMES.search(key)):
                 assert_equal(one[key], other[key], f"{where}.{key}")
     elif isinstance(one, list):
         assert len(one) == len(other), where
@@ -116,6 +118,19 @@ def test_what_a_run_leaves(finished: Path) -> None:
         assert summary[name] >= sum(line[name] for line in epochs) - 1e-9
         assert summary[name] > 0
     assert summary["pruning_seconds"] < summary["train_seconds"]
+    assert summary["seconds"] >= sum(summary[name] for name in SECONDS[1:])
+    for line in [*epochs, summary]:
+        assert tuple(line["phases"]) == PHASES
+        assert sum(line["phases"].values()) == pytest.approx(line["seconds"], rel=0.02)
+        within = sum(line["phases"][name] for name in ("wait", "step"))
+        assert within <= line["train_seconds"] <= line["seconds"]
+        assert line["phases"]["other"] < 0.1 * line["seconds"]
+        assert line["joules"] is None
+        assert line["host_syncs"] is None
+    for line in epochs:
+        assert sum(line["score_histogram"]["counts"]) == 300
+    assert summary["nvml"]["absent"] == {"all": "the device is no GPU"}
+    assert about["samples"] == {"train": 300, "test": 60}
 
 
 def test_what_a_user_reads(finished: Path) -> None:
@@ -130,6 +145,8 @@ def test_what_a_user_reads(finished: Path) -> None:
     assert "SYNTHETIC" in lines[-1]
     assert re.search(r"accuracy +\S+% after the last epoch; best \S+% \(epoch \d", text)
     assert re.search(r"trained on \S+ of 1,200; saved \d+ \(\S+%\)", text)
+    assert re.search(r"^phases     choose \d\.\d\d s \(.*%\), wait .*, step .*, other", text, re.M)
+    assert "energy     not measured: the device is no GPU" in text
 
 
 def test_learning_rate_and_losses_are_those_of_the_run(finished: Path) -> None:
@@ -375,9 +392,32 @@ def test_accuracy_against_a_calculation_of_its_own(undisturbed: Path) -> None:
     assert epochs_of(undisturbed)[-1]["accuracy"] == pytest.approx(right, abs=1e-9)
 
 
-def test_seconds_are_told_apart_and_counted_once(tmp_path, monkeypatch) -> None:
-    # A clock that moves only where we say: a step 1 s, of it 0.25 s of update twice; choosing 5 s;
-    # evaluating 100 s; a checkpoint 1000 s.
+class FakeMeter:
+    """A card that takes 100 W by the tests' clock."""
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def __enter__(self) -> "FakeMeter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def joules(self) -> float | None:
+        return 100 * time.perf_counter() if self.enabled else None
+
+    def read(self) -> dict:
+        return {"samples": 3, "missed": {}, "absent": {} if self.enabled else {"all": "off"}}
+
+
+@pytest.fixture
+def slow_parts(monkeypatch) -> list[float]:
+    """A clock that moves only where we say, and a card that takes power by it.
+
+    A step takes 1 s, of it 0.25 s of update twice; choosing 5 s; waiting for a batch 0.125 s;
+    evaluating 100 s; a checkpoint 1000 s; writing the epochs' record 10,000 s.
+    """
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -394,23 +434,148 @@ def test_seconds_are_told_apart_and_counted_once(tmp_path, monkeypatch) -> None:
     takes(0.25, reference, "rescaled_mean")
     takes(0.25, InfoBatch, "record")
     takes(5, InfoBatch, "sample")
+    takes(0.125, Plan, "batch")
     takes(100, train, "evaluate")
     takes(1000, checkpoint, "save")
+    takes(10_000, record, "write_epochs")
+    monkeypatch.setattr(train, "Nvml", FakeMeter)
+    return now
+
+
+def test_seconds_and_joules_are_told_apart_and_counted_once(tmp_path, slow_parts, capsys) -> None:
     folder = tmp_path / "run"
     assert run_main("--epochs", 2, "--delta", 0, "--checkpoint-every", 5, "--out", folder) == 0
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["train_seconds"] == pytest.approx(24 * 0.5)
+    # 12 steps an epoch; checkpoints after steps 5 and 10 of both epochs, and at the end. The
+    # records are written before the first epoch, too, when no clock runs yet.
+    expected = {
+        "choose": 2 * 5,
+        "wait": 24 * 0.125,
+        "step": 24 * 0.5,
+        "update": 24 * 0.5,
+        "evaluation": 2 * 100,
+        "checkpoint": 5 * 1000,
+        "other": 2 * 10_000,
+    }
+    assert summary["phases"] == pytest.approx(expected)
+    assert list(summary["phases"]) == list(expected)
+    assert summary["train_seconds"] == pytest.approx(24 * 0.625)
     assert summary["pruning_seconds"] == pytest.approx(24 * 0.5 + 2 * 5)
     assert summary["evaluation_seconds"] == pytest.approx(200)
-    # After steps 5 and 10 of both epochs, and at the end.
     assert summary["checkpoint_seconds"] == pytest.approx(5 * 1000)
-    assert now[0] == pytest.approx(sum(summary[name] for name in SECONDS))
+    assert summary["seconds"] == pytest.approx(sum(expected.values()))
+    assert slow_parts[0] == pytest.approx(summary["seconds"] + 10_000)
+    assert summary["joules"] == pytest.approx(100 * summary["seconds"])
+    assert summary["train_joules"] == pytest.approx(100 * (24 * 1.125 + 2 * 5))
+    assert summary["joules_per_image"] == pytest.approx(3700 / 600)
+    assert summary["joules_saved"] == 0
+    assert summary["nvml"] == {"since_epoch": 1, "samples": 3, "missed": {}, "absent": {}}
+    first, second = (json.loads(x) for x in (folder / "epochs.jsonl").read_text().splitlines())
+    assert first["images_per_second"] == pytest.approx(300 / (12 * 1.125 + 5))
+    assert first["phases"]["other"] == pytest.approx(0)  # its record comes after it is closed
+    assert first["seconds"] == pytest.approx(12 * 1.125 + 5 + 100 + 2000)
+    assert second["seconds"] == pytest.approx(first["seconds"] + 10_000)
+    assert second["train_joules"] == pytest.approx(1850)
+    assert second["joules"] == pytest.approx(100 * second["seconds"])
+    out = capsys.readouterr().out
+    assert (
+        "energy     2,523,700 J: 6.1667 J an image trained on, and by that about 0 J saved" in out
+    )
+
+
+def test_joules_saved(tmp_path, slow_parts) -> None:
+    folder = tmp_path / "run"
+    assert run_main("--out", folder) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["samples_saved"] > 100
+    an_image = summary["train_joules"] / summary["samples_trained"]
+    assert summary["joules_per_image"] == pytest.approx(an_image)
+    assert summary["joules_saved"] == pytest.approx(an_image * summary["samples_saved"])
+
+
+def test_what_was_spent_before_an_interruption_is_not_lost(
+    tmp_path, slow_parts, monkeypatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def stop(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    calls: list[int] = []
+    step = STEP.__call__
+    monkeypatch.setattr(STEP, "__call__", stop)
+    arguments = ("--epochs", 1, "--host-syncs", "count", "--out", folder)
+    assert run_main(*arguments) == 130
+    before = slow_parts[0]
+    slow_parts[0] += 777  # of these the run knows nothing
+    assert train.main(["--resume", str(folder)]) == 0
+    (line,) = (json.loads(x) for x in (folder / "epochs.jsonl").read_text().splitlines())
+    # All but the writing of records before the clock runs, twice, and after the end; the first
+    # checkpoint does not hold its own time.
+    everything = slow_parts[0] - 777 - 3 * 10_000 - 1000 - 1000
+    assert before < everything + 30_000
+    assert line["seconds"] == pytest.approx(everything)
+    assert line["phases"]["step"] == pytest.approx(12 * 0.5)
+    assert line["joules"] == pytest.approx(100 * everything)
+    assert line["host_syncs"] is None  # of the first part it is not known
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["nvml"]["since_epoch"] == 1
+    assert summary["host_syncs"] is None
+
+
+def test_telemetry_off(tmp_path, capsys, slow_parts) -> None:
+    folder = tmp_path / "run"
+    assert run_main("--epochs", 2, "--no-telemetry", "--out", folder) == 0
+    out = capsys.readouterr().out
+    assert "phases" not in out
+    assert "pruning 0" not in out
+    assert "energy     not measured: off" in out
+    summary = json.loads((folder / "summary.json").read_text())
     first = json.loads((folder / "epochs.jsonl").read_text().splitlines()[0])
-    assert first["images_per_second"] == pytest.approx(300 / (12 * 1 + 5))
+    for one in (first, summary):
+        for name in ("phases", "pruning_seconds", "joules", "train_joules"):
+            assert one[name] is None
+    assert first["score_histogram"] is None
+    assert first["train_seconds"] == pytest.approx(12 * 1.125 + 5)
+    assert first["images_per_second"] == pytest.approx(300 / (12 * 1.125 + 5))
+
+
+def test_host_syncs_are_counted(tmp_path, capsys, monkeypatch) -> None:
+    folder = tmp_path / "run"
+    arguments = ("--epochs", 2, "--checkpoint-every", 5, "--host-syncs", "count", "--out", folder)
+    assert run_main(*arguments) == 0
+    lines = [json.loads(x) for x in (folder / "epochs.jsonl").read_text().splitlines()]
+    assert [line["host_syncs"] for line in lines] == [1, 1]  # to draw the epoch
+    assert json.loads((folder / "summary.json").read_text())["host_syncs"] == 2
+    assert "host syncs 2 within 2 epochs" in capsys.readouterr().out
+
+
+def test_a_host_sync_that_is_forbidden_stops_the_run(tmp_path, capsys, monkeypatch) -> None:
+    arguments = ("--epochs", 2, "--checkpoint-every", 5, "--host-syncs", "forbid", "--out")
+    assert run_main(*arguments, tmp_path / "none") == 0
+
+    def chatty(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        self.counts.sum().item()
+
+    step = STEP.__call__
+    monkeypatch.setattr(STEP, "__call__", chatty)
+    capsys.readouterr()
+    assert run_main(*arguments, tmp_path / "run") == 1
+    assert capsys.readouterr().err == (
+        "error: a host sync where none is allowed, by _local_scalar_dense\n"
+    )
+    compiled = (*TINY, "--compile", "--host-syncs", "count", "--out", tmp_path / "compiled")
+    assert fails(capsys, *compiled) == "host_syncs must be off with --compile on a CPU, got count"
+    assert not (tmp_path / "compiled").exists()
 
 
 def test_the_limit_of_skipped_steps() -> None:
-    progress = Progress(None, Path("absent"), Config())  # type: ignore[arg-type]
+    meter = Nvml(torch.device("cpu"))
+    progress = Progress(None, Path("absent"), Config(), meter)  # type: ignore[arg-type]
     progress.check_finite(19)
     with pytest.raises(Diverged, match=r"^20 steps in a row had non-finite gradients in epoch 1"):
         progress.check_finite(20)
@@ -497,7 +662,7 @@ def test_mistakes(finished: Path, tmp_path, capsys, monkeypatch) -> None:
     assert message.startswith(f"out must be a new or empty folder, got {finished} with ")
     (tmp_path / "file").write_text("")
     message = fails(capsys, *TINY, "--out", tmp_path / "file" / "run")
-    assert message.startswith("cannot make the run's folder")
+    assert message.startswith("cannot make the folder")
     message = fails(capsys, "--resume", tmp_path / "absent")
     where = tmp_path / "absent"
     assert message == f"resume must be a run's folder, with config.json in it, got {where}"
@@ -543,7 +708,8 @@ def test_broken_checkpoints(finished: Path, tmp_path, capsys) -> None:
         {"history": state["history"][:3]},
         {"epoch": "x"},
         {"step": 3},
-        {"seconds": {}},
+        {"spent": {}},
+        {"phases": {"step": 1.0}},
         {"plan": {"num_prunable": 0, "indices": torch.arange(9), "weights": torch.ones(8)}},
         {"plan": {"num_prunable": 0, "indices": torch.arange(301), "weights": torch.ones(301)}},
         {

@@ -1,0 +1,210 @@
+"""Where the host waits for the device: counted, forbidden, or found in a trace."""
+
+import json
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MODES = {"off": "default", "count": "warn", "forbid": "error"}  # of torch's sync debug mode
+
+
+class HostSync(RuntimeError):
+    """The host waited for the device where that was forbidden."""
+
+
+class HostSyncs:
+    """What `host_syncs` saw.
+
+    Attributes:
+        count: host syncs so far.
+        places: how many of them by place, as "file.py:line" on a GPU, by operation on a CPU.
+    """
+
+    def __init__(self, cuda: bool, mode: str) -> None:
+        self.places: Counter[str] = Counter()
+        self._cuda, self._mode = cuda, mode
+        self._watching = True
+
+    @property
+    def count(self) -> int:
+        """Host syncs so far."""
+        return self.places.total()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A `with` in which the host may wait uncounted: to save a checkpoint, say."""
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(True)
+
+    def _switch(self, watching: bool) -> None:
+        self._watching = watching
+        if self._cuda:
+            torch.cuda.set_sync_debug_mode(self._mode if watching else "default")
+
+    def _seen(self, place: str) -> None:
+        if self._watching:
+            self.places[place] += 1
+            if self._mode == "error":
+                raise HostSync(f"a host sync where none is allowed, by {place}")
+
+
+@contextmanager
+def host_syncs(device: torch.device, action: str) -> Iterator[HostSyncs]:
+    """Watch where the host waits for the device.
+
+    On a GPU it is torch's sync debug mode, which knows torch's own operations alone; what other
+    libraries do is seen by `trace_syncs`. On a CPU nothing waits, and what is watched are the reads
+    of a tensor's value, each of which would be a host sync on a GPU: those that are operations of
+    torch, such as item() and nonzero(), but not tolist() and numpy().
+
+    Args:
+        device: watched.
+        action: count; forbid: raise at the first; or off: see nothing.
+
+    Raises:
+        HostSync: at a host sync that was forbidden.
+        ValueError: there is no such action.
+    """
+    if action not in _MODES:
+        raise ValueError(f"action must be one of {', '.join(_MODES)}, got {action}")
+    watch = HostSyncs(device.type == "cuda", _MODES[action])
+    if action == "off":
+        yield watch
+        return
+    if device.type != "cuda":
+        with _HostReads(watch):
+            yield watch
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # "is a prototype"
+        warnings.filterwarnings("always", _SYNCHRONIZING)
+        show = warnings.showwarning
+
+        def count(message: Any, category: Any, file: str, line: int, *rest: Any) -> None:
+            if _SYNCHRONIZING in str(message):
+                watch._seen(f"{Path(file).name}:{line}")
+            else:
+                show(message, category, file, line, *rest)
+
+        warnings.showwarning = count
+        watch._switch(True)
+        try:
+            yield watch
+        except RuntimeError as error:
+            if _SYNCHRONIZING not in str(error):
+                raise
+            raise HostSync("a host sync where none is allowed") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+_SYNCHRONIZING = "called a synchronizing CUDA operation"  # of torch's debug mode
+
+
+class _HostReads(TorchDispatchMode):
+    def __init__(self, watch: HostSyncs) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS or (func in _INDEXED and _by_mask(args[1])):
+            self._watch._seen(str(func).removeprefix("aten.").removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+_READS = {  # item(), bool(), int(); and sizes that depend on values
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.bincount.default,
+    torch.ops.aten._unique2.default,
+}
+_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
+
+
+def _by_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype is torch.bool for index in indices)
+
+
+class TracedSyncs(NamedTuple):
+    """What `trace_syncs` saw: calls that make their thread wait for the device, by name.
+
+    Attributes:
+        here: by the calling thread.
+        elsewhere: by other threads, which hold the caller up only if it waits for them.
+    """
+
+    here: Counter[str]
+    elsewhere: Counter[str]
+
+
+_CALLS = ("cuda_runtime", "cuda_driver")
+_MARKER = "infobatch_fast.trace_syncs"
+
+# Of the CUDA runtime and driver. cudaMemcpyAsync is none: where torch reads a value it is followed
+# by cudaStreamSynchronize.
+_WAITING = (
+    "cudaDeviceSynchronize",
+    "cudaStreamSynchronize",
+    "cudaEventSynchronize",
+    "cuCtxSynchronize",
+    "cuStreamSynchronize",
+    "cuEventSynchronize",
+)
+_WAITING_COPIES = ("cudaMemcpy", "cudaMemcpy2D", "cudaMemset", "cudaFree", "cudaMalloc")
+
+
+def trace_syncs(call: Callable[[], object]) -> TracedSyncs:
+    """Run a call under torch's profiler and find the host syncs of every library, DALI's included.
+
+    Args:
+        call: run once; run it before, so that what only a first call does is not seen.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.record_function(_MARKER):
+            call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return syncs_in_trace(json.loads(path.read_text()))
+
+
+def syncs_in_trace(trace: dict[str, Any]) -> TracedSyncs:
+    """The host syncs of a profiler's trace (Chrome's format) while `trace_syncs`'s call ran.
+
+    Raises:
+        ValueError: the call is not in the trace.
+    """
+    events = [event for event in trace.get("traceEvents", ()) if event.get("ph") == "X"]
+    marker = next(
+        (e for e in events if e["name"] == _MARKER and e.get("cat") == "user_annotation"), None
+    )
+    if marker is None:
+        raise ValueError("the trace must hold the call it was made for")
+    begin, end = marker["ts"], marker["ts"] + marker["dur"]
+    found = TracedSyncs(Counter(), Counter())
+    for event in events:
+        if (
+            event.get("cat") not in ("cuda_runtime", "cuda_driver")
+            or not begin <= event["ts"] <= end
+        ):
+            continue
+        name = event["name"]
+        if name in _WAITING_COPIES or name.startswith(_WAITING):
+            (found.here if event["tid"] == marker["tid"] else found.elsewhere)[name] += 1
+    return found
