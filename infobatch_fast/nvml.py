@@ -83,7 +83,7 @@ class Nvml:
             self._absent["all"], self._nvml = reason(error), None
             return self
         try:
-            self._gpu = self._find()
+            self._gpu = _find(self._nvml, self._device)
         except Exception as error:
             self._absent["all"] = reason(error)
             return self
@@ -154,26 +154,6 @@ class Nvml:
                 absent.setdefault("joules", absent["power_watts"])
             return {**fields, "samples": self._samples, "missed": missed, "absent": absent}
 
-    def _find(self) -> Any:
-        """The handle of torch's device, which CUDA_VISIBLE_DEVICES may have numbered anew."""
-        nvml = self._nvml
-        properties: Any = torch.cuda.get_device_properties(self._device)
-        with suppress(Exception):  # most devices are none
-            return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{properties.uuid}")
-        try:
-            gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        except Exception:  # inside some containers it has another name
-            gpu = nvml.nvmlDeviceGetHandleByPciBusId(
-                f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}"
-                f":{properties.pci_device_id:02X}.0"
-            )
-        split = False
-        with suppress(Exception):  # a card that cannot be split
-            split = nvml.nvmlDeviceGetMigMode(gpu)[0] == nvml.NVML_DEVICE_MIG_ENABLE
-        if split:
-            raise RuntimeError("the card is split by MIG, and this instance's figures are unknown")
-        return gpu
-
     def _run(self) -> None:
         while not self._stop.wait(self._period):
             self._sample()
@@ -226,3 +206,38 @@ class Nvml:
                 self._missed[name] += 1
                 self._absent[name] = reason(error)
             return None
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """Driver and power limit (W) of a CUDA device, for a record; None where NVML does not say."""
+    facts: dict[str, Any] = {"driver": None, "power_limit_watts": None}
+    with suppress(Exception):
+        nvml: Any = import_module("pynvml")
+        nvml.nvmlInit()
+        try:
+            facts["driver"] = nvml.nvmlSystemGetDriverVersion()
+            gpu = _find(nvml, device)
+            facts["power_limit_watts"] = nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000
+        finally:
+            nvml.nvmlShutdown()
+    return facts
+
+
+def _find(nvml: Any, device: torch.device) -> Any:
+    """The handle of torch's device, which CUDA_VISIBLE_DEVICES may have numbered anew."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    with suppress(Exception):  # most devices are none
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{properties.uuid}")
+    try:
+        gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+    except Exception:  # inside some containers it has another name
+        gpu = nvml.nvmlDeviceGetHandleByPciBusId(
+            f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}"
+            f":{properties.pci_device_id:02X}.0"
+        )
+    split = False
+    with suppress(Exception):  # a card that cannot be split
+        split = nvml.nvmlDeviceGetMigMode(gpu)[0] == nvml.NVML_DEVICE_MIG_ENABLE
+    if split:
+        raise RuntimeError("the card is split by MIG, and this instance's figures are unknown")
+    return gpu

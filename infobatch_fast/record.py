@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import infobatch_fast
+from infobatch_fast import nvml
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.errors import UserError
 
@@ -156,7 +157,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "driver": _driver(),
+        **nvml.card(device),
     }
 
 
@@ -212,19 +213,6 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _driver() -> str | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            return pynvml.nvmlSystemGetDriverVersion()
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # no NVML, no permission: the run does not need it
-        return None
 
 
 def _reason(error: OSError) -> str:

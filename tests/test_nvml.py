@@ -42,6 +42,7 @@ class Fake:
         self.calls: dict[str, int] = {}
         self.answers: dict[str, Callable[..., Any]] = {
             "nvmlInit": lambda: None,
+            "nvmlSystemGetDriverVersion": lambda: "580.65",
             "nvmlShutdown": lambda: None,
             "nvmlDeviceGetHandleByUUID": lambda uuid: self._known(self.handles, uuid),
             "nvmlDeviceGetHandleByPciBusId": lambda bus: self._known(self.addresses, bus),
@@ -332,6 +333,16 @@ def test_a_cpu_and_telemetry_off(fake: Fake) -> None:
         pass
     assert meter.read()["absent"] == {"all": "telemetry is off"}
     assert fake.calls == {}
+
+
+def test_facts_of_the_card(fake: Fake) -> None:
+    assert nvml_module.card(CUDA) == {"driver": "580.65", "power_limit_watts": 700}
+    assert fake.calls["nvmlInit"] == fake.calls["nvmlShutdown"] == 1
+    fake.answers["nvmlDeviceGetEnforcedPowerLimit"] = lambda gpu: fake.fail(4)
+    assert nvml_module.card(CUDA) == {"driver": "580.65", "power_limit_watts": None}
+    assert fake.calls["nvmlShutdown"] == 2
+    fake.answers["nvmlInit"] = lambda: fake.fail(9)
+    assert nvml_module.card(CUDA) == {"driver": None, "power_limit_watts": None}
 
 
 @pytest.mark.gpu
