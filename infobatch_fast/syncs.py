@@ -199,12 +199,9 @@ def syncs_in_trace(trace: dict[str, Any]) -> TracedSyncs:
     begin, end = marker["ts"], marker["ts"] + marker["dur"]
     found = TracedSyncs(Counter(), Counter())
     for event in events:
-        if (
-            event.get("cat") not in ("cuda_runtime", "cuda_driver")
-            or not begin <= event["ts"] <= end
-        ):
-            continue
         name = event["name"]
+        if event.get("cat") not in _CALLS or not begin <= event["ts"] <= end:
+            continue
         if name in _WAITING_COPIES or name.startswith(_WAITING):
             (found.here if event["tid"] == marker["tid"] else found.elsewhere)[name] += 1
     return found
