@@ -1,0 +1,287 @@
+"""Which runs may stand together: the same setting, device and source; the seeds alone differ."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from infobatch_fast.report_records import Run
+
+DELTA = 0.875  # of the reported runs
+# What a run's figures do not depend on (but for its noise), or what names its method instead. A
+# preset is the defaults of the settings that stand beside it.
+_NO_SETTING = ("seed", "preset", "loader", "eval_every", "checkpoint_every", "device")
+_METHOD = ("ratio", "delta", "policy", "rescale", "anneal")
+
+
+class Method(NamedTuple):
+    """What an epoch leaves out; two configurations that train alike are the same method.
+
+    Attributes:
+        policy: soft (InfoBatch), random, ...; none for full data.
+        ratio: r.
+        delta: share of the epochs that prune; 1.0 is without annealing.
+        rescale: whether the kept samples are weighted.
+    """
+
+    policy: str
+    ratio: float = 0.5
+    delta: float = DELTA
+    rescale: bool = True
+
+    @property
+    def label(self) -> str:
+        """As it stands in the tables."""
+        if self.policy == "none":
+            return "full data"
+        anneal = self.delta < 1
+        delta = f" delta={self.delta:g}" if anneal and self.delta != DELTA else ""
+        if self.policy == "soft" and self.rescale and anneal:
+            return f"InfoBatch r={self.ratio:g}{delta}"
+        parts = " + rescale" * self.rescale + " + anneal" * anneal
+        return f"{self.policy} r={self.ratio:g}{parts}{delta}"
+
+
+FULL = Method("none", 0.0, 0.0, False)
+
+
+class Figures(NamedTuple):
+    """The reported figures of a method; None where a figure is not reported."""
+
+    accuracy: float  # percent
+    minutes: float | None = None
+    overhead_hours: float | None = None
+    total_hours: float | None = None
+
+    @property
+    def hours(self) -> float | None:
+        """The minutes in hours."""
+        return None if self.minutes is None else self.minutes / 60
+
+
+# From the InfoBatch paper (arXiv:2303.04947): one A100, CIFAR-10, ResNet-50, 200 epochs, batch 200,
+# LARS, max lr 5.2.
+REPORTED = {
+    FULL: Figures(95.52, 231.10),
+    Method("soft", 0.3): Figures(95.50, 184.66),
+    Method("soft", 0.5): Figures(95.53, 148.44, 0.057, 2.48),
+    Method("soft", 0.7): Figures(95.17, 113.83),
+}
+ABLATION = {
+    Method("random", delta=1.0, rescale=False): ("random", 95.52),
+    Method("soft", delta=1.0, rescale=False): ("soft", 95.60),
+    Method("soft", delta=1.0): ("soft + rescale", 95.34),
+    Method("soft", rescale=False): ("soft + anneal", 95.59),
+    Method("soft"): ("soft + rescale + anneal", 95.53),
+}
+_REPORTED_SETTING = {
+    "model": "r50",
+    "dataset": "cifar10",
+    "epochs": 200,
+    "batch_size": 200,
+    "optimizer": "lars",
+    "max_lr": 5.2,
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Complete runs of one method and one source, whose figures may be averaged.
+
+    Attributes:
+        label: of the method, with the mark of another source.
+        method: what they leave out.
+        runs: theirs; none for a method that was not measured.
+        epochs: of each.
+    """
+
+    label: str
+    method: Method
+    runs: tuple[Run, ...]
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """The runs of one setting on one device.
+
+    Attributes:
+        setting: every setting but method, seed and what does not matter.
+        device: name, and threads of a CPU.
+        gpu: whether that is a GPU.
+        synthetic: whether the data are.
+        reported: whether the setting is that of the reported figures.
+        rows: of its complete runs.
+        runs: all, complete or not, in the order given.
+    """
+
+    setting: dict[str, Any]
+    device: str
+    gpu: bool
+    synthetic: bool
+    reported: bool
+    rows: tuple[Row, ...]
+    runs: tuple[Run, ...]
+
+    @property
+    def title(self) -> str:
+        """Model, data, length, optimizer and device."""
+        s = self.setting
+        data = f"SYNTHETIC data ({s['dataset']})" if self.synthetic else s["dataset"]
+        return (
+            f"{s['model']} on {data}, {s['epochs']} epochs, batch {s['batch_size']}, "
+            f"{s['optimizer']}, max lr {s['max_lr']:g}; {self.device}"
+        )
+
+    @property
+    def others(self) -> str:
+        """The settings that the title leaves out."""
+        told = ("model", "dataset", "epochs", "batch_size", "optimizer", "max_lr")
+        return ", ".join(f"{k} {v}" for k, v in sorted(self.setting.items()) if k not in told)
+
+    def row(self, method: Method) -> list[Row]:
+        """The method's rows in the tables, at least one: that of no runs."""
+        rows = [r for r in self.rows if r.method == method and r.epochs == self.setting["epochs"]]
+        return rows or [Row(method.label, method, (), self.setting["epochs"])]
+
+    def further(self) -> list[Row]:
+        """Rows that the reported tables do not have."""
+        known = {*REPORTED, *ABLATION}
+        epochs = self.setting["epochs"]
+        return [r for r in self.rows if r.method not in known or r.epochs != epochs]
+
+
+def method_of(run: Run) -> Method:
+    """What a run's epochs leave out."""
+    config = run.config
+    if config["policy"] == "none" or config["ratio"] == 0 or config["delta"] == 0:
+        return FULL
+    delta = config["delta"] if config["anneal"] else 1.0
+    return Method(config["policy"], config["ratio"], delta, config["rescale"])
+
+
+def main_source(runs: Sequence[Run]) -> tuple[str, bool]:
+    """The source hash of most runs, and whether it was a tie, which the run given first decides."""
+    counts = Counter(run.about["source_hash"] for run in runs)
+    ranked = counts.most_common()  # of equals, the first given comes first
+    return ranked[0][0], len(ranked) > 1 and ranked[0][1] == ranked[1][1]
+
+
+def state_of(run: Run, source: str) -> str:
+    """Complete or not, and the marks that keep a run out of others' means."""
+    done, epochs = len(run.epochs), run.config["epochs"]
+    states = ["complete" if run.complete else f"INCOMPLETE: {done} of {epochs} epochs"]
+    if not run.complete and done == epochs:
+        states = ["INCOMPLETE: no summary"]
+    if run.about["source_hash"] != source:
+        states.append("OTHER SOURCE")
+    if run.about["data"] != "genuine":
+        states.append("SYNTHETIC data")
+    return "; ".join(states)
+
+
+def device_of(about: dict[str, Any]) -> str:
+    """The device of a record, as far as its figures depend on it."""
+    device = about["device"]
+    threads = f", torch threads: {device['threads']}" if "threads" in device else ""
+    return f"{device['name']} ({device['type']}{threads})"
+
+
+def sections(runs: Iterable[Run], source: str) -> list[Section]:
+    """Runs grouped so that within a row of a section the seeds alone differ.
+
+    The reported setting comes first. Full-data runs of fewer epochs stand in the section of the
+    longer ones, if all else is the same and it has pruned runs: training shorter is what pruning
+    has to beat.
+
+    Args:
+        runs: from `report_records.read`.
+        source: the hash of the rest; runs of another have rows of their own.
+    """
+    grouped: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        setting = tuple(sorted(_setting(run).items(), key=lambda item: item[0]))
+        key = (run.about["data"] != "genuine", device_of(run.about), setting)
+        grouped.setdefault(key, []).append(run)
+    for key in list(grouped):
+        longer = _longer(key, grouped)
+        if longer is not None:
+            grouped[longer] += grouped.pop(key)
+    found = []
+    for (synthetic, device, items), members in grouped.items():
+        setting = dict(items)
+        reported = not synthetic and _REPORTED_SETTING.items() <= setting.items()
+        rows = _rows(members, source, setting["epochs"])
+        gpu = members[0].about["device"]["type"] == "cuda"
+        found.append(Section(setting, device, gpu, synthetic, reported, rows, tuple(members)))
+    return sorted(found, key=lambda section: not section.reported)
+
+
+def same_seeds(runs: Iterable[Run]) -> list[int]:
+    """Seeds that more than one of the runs has."""
+    counts = Counter(run.config["seed"] for run in runs)
+    return sorted(seed for seed, count in counts.items() if count > 1)
+
+
+def mean(values: Sequence[float], digits: int | None = None) -> str:
+    """Mean and sample standard deviation (n - 1); a single value has none.
+
+    Args:
+        values: at least one.
+        digits: behind the point; None is two, or more where three figures need them.
+    """
+    center = statistics.fmean(values)
+    if digits is None:
+        digits = 2
+        while 0 < abs(center) * 10**digits < 99.95 and digits < 9:
+            digits += 1
+    text = f"{center:,.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):,.{digits}f}"
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    dropped = (*_NO_SETTING, *_METHOD)
+    return {
+        name: value
+        for name, value in run.config.items()
+        if name not in dropped
+        and (not name.startswith("synthetic_") or run.config["dataset"] == "synthetic")
+    }
+
+
+def _longer(key: tuple[Any, ...], grouped: dict[tuple[Any, ...], list[Run]]) -> Any:
+    """The group that full-data runs are the shorter training of; None if there is none."""
+    if any(method_of(run) != FULL for run in grouped[key]):
+        return None
+    mine = dict(key[2])
+    fits = []
+    for other, members in grouped.items():
+        theirs = dict(other[2])
+        alike = other[:2] == key[:2] and {**theirs, "epochs": mine["epochs"]} == mine
+        pruned = any(method_of(run) != FULL for run in members)
+        if alike and pruned and theirs["epochs"] > mine["epochs"]:
+            fits.append((theirs["epochs"], other))
+    return min(fits, key=lambda fit: fit[0])[1] if fits else None
+
+
+def _rows(runs: list[Run], source: str, epochs: int) -> tuple[Row, ...]:
+    grouped: dict[tuple[Method, int, str], list[Run]] = {}
+    for run in runs:
+        if run.complete:
+            key = (method_of(run), run.config["epochs"], run.about["source_hash"])
+            grouped.setdefault(key, []).append(run)
+    rows = []
+    # The main source first; sorting is stable.
+    for (method, length, hashed), members in sorted(
+        grouped.items(), key=lambda g: g[0][2] != source
+    ):
+        label = method.label
+        if length != epochs:
+            label += f", {length} epochs (training shorter)"
+        if hashed != source:
+            label += f" (OTHER SOURCE {hashed[:8]})"
+        rows.append(Row(label, method, tuple(members), length))
+    return tuple(rows)

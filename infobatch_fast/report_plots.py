@@ -1,0 +1,367 @@
+"""The plots of one setting's runs, as SVG that takes the page's own text colour.
+
+Colours are those of Okabe and Ito that are seen on white and on black; a marker, a line style or a
+hatch tells apart what the colour does.
+"""
+
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from infobatch_fast.report_groups import Section, method_of
+from infobatch_fast.report_page import Block, Plot, Text
+from infobatch_fast.report_records import Run
+
+_TEXT = "#010203"  # stands for the page's text colour until `_svg`
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", _TEXT)
+_BARS = (*_COLOURS[:-1], "#999999")  # hatched in the text colour
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", "-.", ":")
+_HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++")
+_WIDTH = 6.4  # inches
+_LINE = 36  # characters of a label
+_MOST_HISTOGRAMS = 6
+_MOST_NAMED = 12  # runs that an alternative text tells of
+
+
+def plots(section: Section) -> list[Block]:
+    """Everything that there is to draw of a section's runs; a text where there is nothing."""
+    trained = [run for run in section.runs if run.epochs]
+    if not trained:
+        return [Text("No plots: no epoch is finished.")]
+    blocks: list[Block] = []
+    evaluated = [run for run in trained if run.evaluated]
+    if evaluated:
+        blocks += [
+            _lines(
+                section,
+                evaluated,
+                _minutes,
+                _accuracy,
+                ("Test accuracy against time", "training time (minutes)", "test accuracy (%)"),
+            ),
+            _lines(
+                section,
+                evaluated,
+                _samples,
+                _accuracy,
+                (
+                    "Test accuracy against samples",
+                    "samples trained on (millions)",
+                    "test accuracy (%)",
+                ),
+            ),
+        ]
+    else:
+        blocks.append(Text("No plot of the accuracy: no epoch was evaluated."))
+    blocks.append(
+        _lines(
+            section,
+            trained,
+            lambda run: [line["epoch"] for line in run.epochs],
+            lambda run: [100 * line["kept"] / (run.samples or 1) for line in run.epochs],
+            ("Samples kept in each epoch", "epoch", "samples kept (%)"),
+        )
+    )
+    blocks += _phases(section, trained)
+    blocks += _energy(section, trained)
+    blocks += _histograms(section, trained)
+    return blocks
+
+
+def _minutes(run: Run) -> list[float]:
+    took = accumulate(line["train_seconds"] + line["pruning_seconds"] for line in run.epochs)
+    return [
+        t / 60 for t, line in zip(took, run.epochs, strict=True) if line["accuracy"] is not None
+    ]
+
+
+def _samples(run: Run) -> list[float]:
+    kept = accumulate(line["kept"] for line in run.epochs)
+    return [
+        k / 1e6 for k, line in zip(kept, run.epochs, strict=True) if line["accuracy"] is not None
+    ]
+
+
+def _accuracy(run: Run) -> list[float]:
+    return [100 * line["accuracy"] for line in run.evaluated]
+
+
+def _lines(
+    section: Section,
+    runs: Sequence[Run],
+    x: Callable[[Run], list[float]],
+    y: Callable[[Run], list[float]],
+    words: tuple[str, str, str],
+) -> Plot:
+    """A line for each run; the runs of one training look alike.
+
+    Args:
+        section: whose runs they are.
+        runs: drawn, in the order of the legend.
+        x: of each point of a run.
+        y: as many.
+        words: title, and the labels of the axes with their units.
+    """
+    title, x_label, y_label = words
+    labels = _labels(section)
+    styles = {label: number for number, label in enumerate(dict.fromkeys(labels.values()))}
+    entries: dict[str, tuple[Any, list[str]]] = {}
+    figure, axes = _figure(3.4 + 0.22 * -(-len(styles) // 2))
+    ends = []
+    for run in runs:
+        label = labels[run.letter]
+        number = styles[label]
+        xs, ys = x(run), y(run)
+        (line,) = axes.plot(
+            xs,
+            ys,
+            color=_COLOURS[number % len(_COLOURS)],
+            linestyle=_LINES[number % len(_LINES)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=4,
+            linewidth=1.3,
+            # The last point has its marker; the others' are thinned out.
+            markevery=[*range(0, len(xs) - 1, max(1, len(xs) // 8)), len(xs) - 1],
+        )
+        name = run.letter if run.complete else f"{run.letter} (incomplete)"
+        entries.setdefault(label, (line, []))[1].append(name)
+        ends.append(f"{run.letter} ends at {ys[-1]:.4g} after {xs[-1]:.4g}")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if x_label == "epoch":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(
+        [line for line, _ in entries.values()],
+        [_wrapped(label, names) for label, (_, names) in entries.items()],
+        loc="outside lower left",
+        ncols=2 if len(entries) > 1 else 1,
+        frameon=False,
+        labelcolor=_TEXT,
+        handlelength=3.4,
+        fontsize=8,
+    )
+    alt = f"A line for each run; {y_label} over {x_label}. {_some(ends)}."
+    return Plot(_svg(figure), title, alt)
+
+
+def _phases(section: Section, runs: Sequence[Run]) -> list[Block]:
+    known = [run for run in runs if run.phases]
+    blocks: list[Block] = []
+    if known:
+        names = list(dict.fromkeys(name for run in known for name in run.phases or {}))
+        parts = {name: [(run.phases or {}).get(name, 0.0) for run in known] for name in names}
+        blocks.append(
+            _bars(section, known, parts, ("Time by phase", "time (s)"), lambda v: f"{v:.4g} s")
+        )
+    missing = [run.letter for run in runs if not run.phases]
+    if missing:
+        blocks.append(Text(f"No time by phase of {', '.join(missing)}: it was not recorded."))
+    return blocks
+
+
+def _energy(section: Section, runs: Sequence[Run]) -> list[Block]:
+    known = [run for run in runs if run.figure("joules") is not None]
+    blocks: list[Block] = []
+    if known:
+        train = [run.figure("train_joules") or 0.0 for run in known]
+        rest = [
+            max(0.0, (run.figure("joules") or 0.0) - t) for run, t in zip(known, train, strict=True)
+        ]
+        saved = [max(0.0, run.figure("joules_saved") or 0.0) for run in known]
+        parts = {
+            "training": [joules / 1000 for joules in train],
+            "evaluation, checkpoints and the rest": [joules / 1000 for joules in rest],
+            "saved by pruning (estimate)": [joules / 1000 for joules in saved],
+        }
+        words = ("Energy", "energy (kJ)")
+        blocks.append(_bars(section, known, parts, words, lambda v: f"{v:.4g} kJ", hollow=2))
+        blocks.append(
+            Text(
+                "The energy saved is an estimate: the samples left out, at the joules that the "
+                "same run took for each sample it trained on."
+            )
+        )
+    reasons: dict[str, list[str]] = {}
+    for run in runs:
+        if run.figure("joules") is None:
+            reasons.setdefault(run.no_energy(), []).append(run.letter)
+    blocks += [Text(f"No energy of {', '.join(of)}: {why}.") for why, of in reasons.items()]
+    return blocks
+
+
+def _bars(
+    section: Section,
+    runs: Sequence[Run],
+    parts: dict[str, list[float]],
+    words: tuple[str, str],
+    say: Callable[[float], str],
+    hollow: int | None = None,
+) -> Plot:
+    """A bar for each run, stacked of parts; the one numbered `hollow` is not there, but spared."""
+    title, label = words
+    labels = _labels(section)
+    figure, axes = _figure(1.5 + 0.3 * len(runs) + 0.22 * -(-len(parts) // 3))
+    places = np.arange(len(runs))
+    left = np.zeros(len(runs))
+    for number, (name, values) in enumerate(parts.items()):
+        colour = _BARS[number % len(_BARS)]
+        spared = number == hollow
+        axes.barh(
+            places,
+            values,
+            left=left,
+            height=0.7,
+            color="none" if spared else colour,
+            hatch=_HATCHES[number % len(_HATCHES)],
+            edgecolor=_TEXT,
+            linestyle="--" if spared else "-",
+            linewidth=0.6,
+            label=name,
+        )
+        left += values
+    axes.set_yticks(places, [_wrapped(labels[run.letter], [run.letter]) for run in runs])
+    axes.set_ylim(len(runs) - 0.5, -0.5)  # the first on top
+    axes.set_xlim(0, 1.04 * left.max() or 1.0)
+    axes.set_xlabel(label)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=8)
+    told = [
+        f"{run.letter}: " + ", ".join(f"{name} {say(values[i])}" for name, values in parts.items())
+        for i, run in enumerate(runs)
+    ]
+    return Plot(_svg(figure), title, f"A bar for each run, in {label}. {_some(told)}.")
+
+
+def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
+    known = [run for run in runs if any(line.get("score_histogram") for line in run.epochs)]
+    if not known:
+        return [Text("No plot of the scores: no histogram was recorded.")]
+    # The first of each training, then the others.
+    labels = _labels(section)
+    firsts = {labels[run.letter]: run.letter for run in reversed(known)}.values()
+    ranked = sorted(known, key=lambda run: run.letter not in firsts)
+    chosen = {run.letter for run in ranked[:_MOST_HISTOGRAMS]}
+    shown = [run for run in known if run.letter in chosen]
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(_WIDTH, 1.0 + 2.0 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    tables = {run.letter: _shares(run) for run in shown}
+    most = max(np.nanmax(shares) for _, shares in tables.values()) or 1.0
+    reach = [_reach(*table) for table in tables.values()]
+    colours = ScalarMappable(Normalize(0, most), "cividis")
+    for axes, run in zip(grid.flat, shown, strict=False):
+        edges, shares = tables[run.letter]
+        axes.pcolormesh(
+            np.arange(shares.shape[1] + 1) + 0.5,
+            edges,
+            shares,
+            norm=colours.norm,
+            cmap=colours.cmap,
+            rasterized=True,
+        )
+        axes.set_yscale("log")
+        axes.set_ylim(min(low for low, _ in reach), max(high for _, high in reach))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda score, _: f"{score:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_title(_wrapped(labels[run.letter], [run.letter]), fontsize=9, color=_TEXT)
+        _plain(axes, grid=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for axes in list(grid.flat)[len(shown) :]:
+        axes.set_visible(False)
+    figure.supxlabel("epoch", fontsize=10, color=_TEXT)
+    figure.supylabel("score (last loss)", fontsize=10, color=_TEXT)
+    bar = figure.colorbar(colours, ax=list(grid.flat), label="samples (%)")
+    bar.ax.yaxis.label.set_color(_TEXT)
+    bar.ax.tick_params(colors=_TEXT, labelsize=8)
+    alt = (
+        f"A heat map for each of {len(shown)} runs of {len(known)} with histograms: epochs across, "
+        "scores upwards on a logarithmic axis, and the share of the scored samples as colour, "
+        "from dark (none) to bright. Scores beyond the recorded bins count in the outermost."
+    )
+    return [Plot(_svg(figure), "Scores over the epochs", alt)]
+
+
+def _shares(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Edges (bins + 1,) of the scores' bins, and percent of the scored samples (bins, epochs).
+
+    The outermost bins are those of what lies beyond; an epoch without histogram is NaN.
+    """
+    histograms = [line.get("score_histogram") for line in run.epochs]
+    one = next(h for h in histograms if h)
+    bins = len(one["counts"])
+    low, high = np.log10(one["low"]), np.log10(one["high"])
+    step = (high - low) / (bins - 2)
+    edges = 10 ** np.linspace(low - step, high + step, bins + 1)
+    shares = np.full((bins, len(histograms)), np.nan)
+    for epoch, histogram in enumerate(histograms):
+        if histogram:
+            counts = np.asarray(histogram["counts"], dtype=float)
+            shares[:, epoch] = 100 * counts / max(1.0, counts.sum())
+    return edges, shares
+
+
+def _reach(edges: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest edge of the bins that hold scores."""
+    filled = np.flatnonzero(np.nansum(shares, axis=1))
+    low, high = (filled[0], filled[-1] + 1) if len(filled) else (0, -1)
+    return float(edges[low]), float(edges[high])
+
+
+def _labels(section: Section) -> dict[str, str]:
+    """What a run's line is called, by its letter: as its row in the tables."""
+    labels = {run.letter: method_of(run).label for run in section.runs}
+    return labels | {run.letter: row.label for row in section.rows for run in row.runs}
+
+
+def _wrapped(label: str, names: Sequence[str]) -> str:
+    """A label with its runs' letters, in lines short enough for half a plot's width."""
+    whole = f"{label}: {', '.join(names)}"
+    if len(whole) <= _LINE:
+        return whole
+    return "\n".join([f"{label}:", *textwrap.wrap(", ".join(names), _LINE)])
+
+
+def _some(told: Sequence[str]) -> str:
+    more = f"; and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+    return "; ".join(told[:_MOST_NAMED]) + more
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes, *, grid: bool = True) -> None:
+    axes.patch.set_visible(False)
+    axes.tick_params(which="both", colors=_TEXT, labelsize=8)
+    axes.xaxis.label.set_color(_TEXT)
+    axes.yaxis.label.set_color(_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_TEXT)
+    if grid:
+        axes.grid(color=_TEXT, alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
+def _svg(figure: Figure) -> str:
+    """The drawing alone: no XML header, no metadata, no style sheet for the page it stands in."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, dpi=144, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg ") :]
+    start, stop = text.index("<style"), text.index("</style>") + len("</style>")
+    return (text[:start] + text[stop:]).replace(_TEXT, "currentColor")

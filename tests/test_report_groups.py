@@ -1,0 +1,240 @@
+"""Grouping: which runs share a mean, and the marks of those that do not."""
+
+import pytest
+from report_made import CPU, GPU, OTHER_SOURCE, PAPER, QUICK, SOURCE, write_run
+
+from infobatch_fast.report_groups import (
+    ABLATION,
+    FULL,
+    REPORTED,
+    Method,
+    main_source,
+    mean,
+    method_of,
+    same_seeds,
+    sections,
+    state_of,
+)
+from infobatch_fast.report_records import read
+
+
+def grouped(tmp_path, *specifications):
+    """The sections of runs given as (config, other arguments of write_run), named by letters."""
+    for number, (config, other) in enumerate(specifications):
+        write_run(tmp_path / f"{number:02}", config, **other)
+    runs = read([tmp_path]).runs
+    assert len(runs) == len(specifications)
+    return sections(runs, main_source(runs)[0])
+
+
+def rows(section):
+    return [(row.label, "".join(run.letter for run in row.runs)) for row in section.rows]
+
+
+def test_means_and_deviations_by_hand():
+    assert mean([95.52], 2) == "95.52"
+    # Of 1, 2 and 6: mean 3, squares 4 + 1 + 9 = 14, over n - 1 is 7, root 2.6458.
+    assert mean([1, 2, 6], 2) == "3.00 ± 2.65"
+    assert mean([1, 2, 6]) == "3.00 ± 2.65"
+    assert mean([0.0571, 0.0569]) == "0.0570 ± 0.0001"
+    assert mean([231.1, 231.1]) == "231.10 ± 0.00"
+    assert mean([0.0, 0.0]) == "0.00 ± 0.00"
+    assert mean([1234.5]) == "1,234.50"
+
+
+def test_the_reported_figures():
+    figures = {method.label: tuple(figures) for method, figures in REPORTED.items()}
+    assert figures == {
+        "full data": (95.52, 231.10, None, None),
+        "InfoBatch r=0.3": (95.50, 184.66, None, None),
+        "InfoBatch r=0.5": (95.53, 148.44, 0.057, 2.48),
+        "InfoBatch r=0.7": (95.17, 113.83, None, None),
+    }
+    assert dict(ABLATION.values()) == {
+        "random": 95.52,
+        "soft": 95.60,
+        "soft + rescale": 95.34,
+        "soft + anneal": 95.59,
+        "soft + rescale + anneal": 95.53,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "label"),
+    [
+        ({}, Method("soft", 0.5, 0.875, True), "InfoBatch r=0.5"),
+        ({"ratio": 0.3}, Method("soft", 0.3, 0.875, True), "InfoBatch r=0.3"),
+        ({"delta": 0.0, "ratio": 0.7}, FULL, "full data"),
+        ({"ratio": 0.0}, FULL, "full data"),
+        ({"policy": "none"}, FULL, "full data"),
+        ({"delta": 0.5}, Method("soft", 0.5, 0.5, True), "InfoBatch r=0.5 delta=0.5"),
+        ({"anneal": False}, Method("soft", 0.5, 1.0, True), "soft r=0.5 + rescale"),
+        ({"delta": 1.0}, Method("soft", 0.5, 1.0, True), "soft r=0.5 + rescale"),
+        ({"rescale": False}, Method("soft", 0.5, 0.875, False), "soft r=0.5 + anneal"),
+        ({"rescale": False, "anneal": False}, Method("soft", 0.5, 1.0, False), "soft r=0.5"),
+        (
+            {"policy": "random", "rescale": False, "anneal": False},
+            Method("random", 0.5, 1.0, False),
+            "random r=0.5",
+        ),
+        ({"policy": "random"}, Method("random"), "random r=0.5 + rescale + anneal"),
+    ],
+)
+def test_methods(tmp_path, config, method, label):
+    write_run(tmp_path / "one", config, done=0)
+    (run,) = read([tmp_path]).runs
+    assert method_of(run) == method
+    assert method.label == label
+
+
+def test_all_of_the_ablation_and_the_reported_runs_are_reachable(tmp_path):
+    configs = [{"delta": 0.0}, {"ratio": 0.3}, {"ratio": 0.5}, {"ratio": 0.7}]
+    configs += [
+        {"policy": policy, "rescale": rescale, "anneal": anneal}
+        for policy, rescale, anneal in [
+            ("random", False, False),
+            ("soft", False, False),
+            ("soft", True, False),
+            ("soft", False, True),
+        ]
+    ]
+    (section,) = grouped(tmp_path, *(({**QUICK, **c}, {}) for c in configs))
+    assert {row.method for row in section.rows} == {*REPORTED, *ABLATION}
+    assert section.further() == []
+
+
+def test_seeds_and_what_does_not_matter_share_a_row(tmp_path):
+    (section,) = grouped(
+        tmp_path,
+        ({"seed": 0}, {}),
+        ({"seed": 1, "loader": "dali", "eval_every": 2, "checkpoint_every": 5}, {}),
+        ({"seed": 2, "preset": "paper", "synthetic_samples": 7}, {}),
+    )
+    assert rows(section) == [("InfoBatch r=0.5", "abc")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model": "r18"}, {"weight_decay": 0.0}, {"amp": "bf16"}, {"compile": True}, {"epochs": 5}],
+)
+def test_another_setting_is_a_section_of_its_own(tmp_path, config):
+    found = grouped(tmp_path, ({}, {}), (config, {}), ({"seed": 1}, {}))
+    assert [rows(section) for section in found] == [
+        [("InfoBatch r=0.5", "ac")],
+        [("InfoBatch r=0.5", "b")],
+    ]
+
+
+@pytest.mark.parametrize("device", [GPU, {**CPU, "threads": 2}, {**CPU, "name": "Another CPU"}])
+def test_another_device_is_a_section_of_its_own(tmp_path, device):
+    found = grouped(tmp_path, ({}, {}), ({"seed": 1}, {"about": {"device": device}}))
+    assert [rows(section) for section in found] == [
+        [("InfoBatch r=0.5", "a")],
+        [("InfoBatch r=0.5", "b")],
+    ]
+    assert found[0].device == "Test CPU (cpu, torch threads: 1)"
+
+
+def test_synthetic_data_are_a_section_of_their_own_and_marked(tmp_path):
+    found = grouped(tmp_path, ({}, {}), ({"seed": 1}, {"about": {"data": "synthetic"}}))
+    assert [rows(section) for section in found] == [
+        [("InfoBatch r=0.5", "a")],
+        [("InfoBatch r=0.5", "b")],
+    ]
+    assert "SYNTHETIC data" in found[1].title
+    assert "SYNTHETIC" not in found[0].title
+    assert state_of(found[1].runs[0], SOURCE) == "complete; SYNTHETIC data"
+
+
+def test_an_incomplete_run_is_in_no_row(tmp_path):
+    (section,) = grouped(tmp_path, ({}, {}), ({"seed": 1}, {"done": 3}), ({"seed": 2}, {}))
+    (tmp_path / "02" / "summary.json").unlink()
+    assert rows(section) == [("InfoBatch r=0.5", "ac")]
+    runs = read([tmp_path]).runs
+    (section,) = sections(runs, SOURCE)
+    assert rows(section) == [("InfoBatch r=0.5", "a")]
+    assert [run.letter for run in section.runs] == ["a", "b", "c"]
+    assert [state_of(run, SOURCE) for run in runs] == [
+        "complete",
+        "INCOMPLETE: 3 of 4 epochs",
+        "INCOMPLETE: no summary",
+    ]
+
+
+def test_another_source_has_a_marked_row(tmp_path):
+    other = {"about": {"source_hash": OTHER_SOURCE}}
+    (section,) = grouped(tmp_path, ({}, other), ({"seed": 1}, {}), ({"seed": 2}, {}))
+    assert rows(section) == [
+        ("InfoBatch r=0.5", "bc"),
+        ("InfoBatch r=0.5 (OTHER SOURCE c3c3c3c3)", "a"),
+    ]
+    assert [state_of(run, SOURCE) for run in section.runs] == [
+        "complete; OTHER SOURCE",
+        "complete",
+        "complete",
+    ]
+
+
+def test_the_main_source_is_the_majority_or_the_first_given(tmp_path):
+    for number, source in enumerate([OTHER_SOURCE, SOURCE, SOURCE, OTHER_SOURCE]):
+        write_run(tmp_path / str(number), done=0, about={"source_hash": source})
+    runs = read([tmp_path]).runs
+    assert main_source(runs) == (OTHER_SOURCE, True)
+    assert main_source(runs[1:]) == (SOURCE, False)
+    assert main_source(runs[:1]) == (OTHER_SOURCE, False)
+
+
+@pytest.mark.parametrize(
+    ("config", "other", "reported"),
+    [
+        ({}, {}, True),
+        ({"amp": "fp16", "whole_batches": False, "seed": 4}, {}, True),
+        ({"model": "r18"}, {}, False),
+        ({"dataset": "cifar100"}, {}, False),
+        ({"epochs": 199}, {}, False),
+        ({"batch_size": 128}, {}, False),
+        ({"optimizer": "sgd"}, {}, False),
+        ({"max_lr": 5.1}, {}, False),
+        ({"weight_decay": 1e-4}, {}, False),
+        ({"label_smoothing": 0.0}, {}, False),
+        ({}, {"about": {"data": "synthetic"}}, False),
+    ],
+)
+def test_the_reported_setting(tmp_path, config, other, reported):
+    (section,) = grouped(tmp_path, ({**PAPER, **config}, {"done": 0, **other}))
+    assert section.reported == reported
+
+
+def test_the_reported_setting_comes_first(tmp_path):
+    found = grouped(tmp_path, (QUICK, {}), (PAPER, {"done": 1}))
+    assert [section.reported for section in found] == [True, False]
+
+
+def test_training_shorter_stands_in_the_section_of_the_pruned_runs(tmp_path):
+    full = {"delta": 0.0}
+    found = grouped(
+        tmp_path,
+        ({"epochs": 4, **full}, {}),  # a: shorter than b and c
+        ({"epochs": 8}, {}),
+        ({"epochs": 8, **full}, {}),
+        ({"epochs": 9, **full}, {}),  # d: longer than all
+        ({"epochs": 4, "max_lr": 1.0, **full}, {}),  # e: another setting
+    )
+    assert [rows(section) for section in found] == [
+        [
+            ("InfoBatch r=0.5", "b"),
+            ("full data", "c"),
+            ("full data, 4 epochs (training shorter)", "a"),
+        ],
+        [("full data", "d")],
+        [("full data", "e")],
+    ]
+    (full_row,) = found[0].row(FULL)
+    assert [run.letter for run in full_row.runs] == ["c"]
+    assert [row.label for row in found[0].further()] == ["full data, 4 epochs (training shorter)"]
+
+
+def test_same_seeds(tmp_path):
+    (section,) = grouped(tmp_path, ({"seed": 1}, {}), ({"seed": 0}, {}), ({"seed": 1}, {}))
+    assert same_seeds(section.runs) == [1]
+    assert same_seeds(section.runs[:2]) == []
