@@ -1,7 +1,7 @@
 """Lossless training speed-up by dynamic data pruning: InfoBatch, resident on the GPU.
 
-The exports resolve on first use (PEP 562), so that `InfoBatch` and the kernels need torch alone:
-importing them loads neither DALI nor torchvision nor the command line.
+The exports resolve on first use (PEP 562), so that `InfoBatch` needs torch and numpy alone:
+importing it loads neither DALI nor torchvision nor the command line.
 """
 
 from importlib import import_module

