@@ -1,0 +1,200 @@
+"""What `throughput.py` makes of its rows: tables for the terminal, and the plot."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from training_rows import epoch_name
+
+from infobatch_fast.checkpoint import write_atomically
+from infobatch_fast.tables import figures, markdown
+
+# Okabe and Ito's, which colour-blind readers tell apart; hatches serve those without any colour.
+BARS = (("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"))
+ALONE, LOADER, DATASET = ("D", "#000000"), ("^", "#D55E00"), ("*", "#56B4E9")
+
+Line = Mapping[str, Any]
+
+
+def summary(lines: Sequence[Line]) -> list[str]:
+    """The tables as Markdown, and what is absent from them."""
+    said: list[str] = []
+    for table in (loader_table(lines), training_table(lines)):
+        said += ["", *table] if len(table) > 2 else []
+    return [*said, "", *absent_lines(lines)]
+
+
+def loader_table(lines: Sequence[Line]) -> list[str]:
+    """Markdown: a row a side, a column a batch size."""
+    rows = [line for line in lines if line["part"] == "loaders" and line["absent"] is None]
+    sizes = sorted({line["case"]["batch_size"] for line in rows})
+    sides = dict.fromkeys(line["case"]["side"] for line in rows)
+    cells = {
+        (line["case"]["side"], line["case"]["batch_size"]): (
+            f"{figures(line['median'])} ({figures(line['more']['copy_limit_percent'])}%)"
+        )
+        for line in rows
+    }
+    headers = ["images/s (% of the copy limit)", *(f"batch {size}" for size in sizes)]
+    table = [[side, *(cells.get((side, size), "absent") for size in sizes)] for side in sides]
+    return markdown(headers, table)
+
+
+def training_table(lines: Sequence[Line]) -> list[str]:
+    """Markdown: a row a network, form and epoch."""
+    table = []
+    for line in lines:
+        if line["part"] == "training" and line["absent"] is None:
+            case, more = line["case"], line["more"]
+            table.append(
+                [
+                    f"{case['model']}, batch {case['batch_size']}, {case['form']}",
+                    epoch_name(case["ratio"]),
+                    f"{figures(more['resident_images/s'])} "
+                    f"({figures(more['resident_compute_limit_percent'])}%)",
+                    f"{figures(line['median'])} ({figures(more['compute_limit_percent'])}%)",
+                    f"{figures(more['loader_images/s'])} "
+                    f"({figures(more['loader_copy_limit_percent'])}%)",
+                    f"{figures(more['dataset_images/s'])}",
+                ]
+            )
+    headers = ["images/s (% of the limit)", "epoch", "network alone", "fed", "loader alone"]
+    return markdown([*headers, "of the data set"], table, left=2)
+
+
+def absent_lines(lines: Sequence[Line]) -> list[str]:
+    """What has no figures, and why."""
+    return [
+        f"absent: {', '.join(str(value) for value in line['case'].values())}: {line['absent']}"
+        for line in lines
+        if line["absent"] is not None
+    ]
+
+
+def draw(lines: Sequence[Line], path: Path) -> bool:
+    """Draw the rows that have figures, as a PNG.
+
+    Args:
+        lines: of a benchmark's file.
+        path: of the PNG.
+
+    Returns:
+        Whether there was a row to draw.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    rows = [line for line in lines if line["absent"] is None]
+    loaders = [line for line in rows if line["part"] == "loaders"]
+    training = [line for line in rows if line["part"] == "training"]
+    sizes = sorted({line["case"]["batch_size"] for line in loaders})
+    sides = list(dict.fromkeys(line["case"]["side"] for line in loaders))
+    heights = [1.6 + 0.2 * len(sides) * max(2, len(sizes)), 2.0 + 0.34 * len(training)]
+    panels = [panel for panel in (0, 1) if (loaders, training)[panel]]
+    if not panels:
+        return False
+    tall = [heights[panel] for panel in panels]
+    figure = Figure(figsize=(10, 0.8 + sum(tall)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=tall)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        if panel == 0:
+            _loaders(axis, loaders, sides, sizes)
+        else:
+            _training(axis, training)
+    device, options = rows[0]["device"], rows[0]["options"]
+    title = f"Images per second on {device['name']} ({device['type']})"
+    about = f"data: {options['data']} ({options['source']})"
+    if rows[0]["quick"]:
+        about += "; a --quick run, too short to quote"
+    figure.suptitle(f"{title}\n{about}", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write_atomically(path, buffer.getvalue())
+    return True
+
+
+def _loaders(axis: Axes, rows: Sequence[Line], sides: Sequence[str], sizes: Sequence[int]) -> None:
+    thick = 0.8 / len(sizes)
+    for number, size in enumerate(sizes):
+        colour, hatch = BARS[number % len(BARS)]
+        shade = 1 - 0.4 * (number // len(BARS))
+        mine = [row for row in rows if row["case"]["batch_size"] == size]
+        at = [sides.index(row["case"]["side"]) - 0.4 + (number + 0.5) * thick for row in mine]
+        medians = [row["median"] for row in mine]
+        ends = [
+            [row["median"] - row["p20"] for row in mine],
+            [row["p80"] - row["median"] for row in mine],
+        ]
+        bars = axis.barh(
+            at,
+            medians,
+            thick * 0.92,
+            xerr=ends,
+            color=colour,
+            hatch=hatch,
+            alpha=shade,
+            edgecolor="white",
+            ecolor="#444444",
+            label=f"batch {size}",
+        )
+        axis.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=4, fontsize=8)
+    axis.set_yticks(range(len(sides)), sides)
+    title = "Loaders: median of whole passes, with the 20th to 80th percentile"
+    _finish(axis, title, [row["median"] for row in rows], columns=min(len(sizes), 5))
+
+
+def _training(axis: Axes, rows: Sequence[Line]) -> None:
+    names = []
+    for row in rows:
+        case = row["case"]
+        names.append(
+            f"{case['model']}, batch {case['batch_size']}, {case['form']}, "
+            f"{epoch_name(case['ratio'])}"
+        )
+    for pruned, label in ((False, "fed, full data"), (True, "fed, pruned epochs")):
+        at = [i for i, row in enumerate(rows) if bool(row["case"]["ratio"]) == pruned]
+        colour, hatch = BARS[pruned]
+        medians = [rows[i]["median"] for i in at]
+        axis.barh(at, medians, 0.7, color=colour, hatch=hatch, edgecolor="white", label=label)
+    values = [row["median"] for row in rows]
+    for key, (marker, colour), label in (
+        ("resident_images/s", ALONE, "network alone"),
+        ("dataset_images/s", DATASET, "of the data set, over a pruned epoch's time"),
+        ("loader_images/s", LOADER, "loader alone"),
+    ):
+        at = [i for i, row in enumerate(rows) if row["case"]["ratio"] or key != "dataset_images/s"]
+        rates = [rows[i]["more"][key] for i in at]
+        values += rates
+        axis.scatter(
+            rates,
+            at,
+            marker=marker,
+            s=110 if marker == "*" else 48,
+            facecolor=colour,
+            edgecolor="white",
+            linewidth=0.6,
+            label=label,
+            zorder=3,
+        )
+    axis.set_yticks(range(len(rows)), names)
+    _finish(axis, "Training, fed by our loader", values, columns=3)
+
+
+def _finish(axis: Axes, title: str, values: Sequence[float], columns: int) -> None:
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    least = 10 ** math.floor(math.log10(min(values)))
+    axis.set_xlim(least, max(values) * 3)  # room for the figures at the bars' ends
+    axis.set_xlabel("images/s (logarithmic)")
+    axis.grid(axis="x", which="major", alpha=0.3)
+    axis.set_axisbelow(True)
+    entries = len(axis.get_legend_handles_labels()[1])
+    lines = math.ceil(entries / columns)
+    axis.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, frameon=False, fontsize=9
+    )
+    axis.set_title(title, fontsize=10, pad=12 + 15 * lines)

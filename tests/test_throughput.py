@@ -1,0 +1,533 @@
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import loader_peers
+import loader_sides
+import numpy as np
+import pytest
+import throughput
+import throughput_report
+import throughput_rows
+import torch
+import training_forms
+import training_rows
+from loader_peers import PEERS, Peer, make_sides
+from loader_sides import IMAGE_BYTES, TOLERANCE, Setting, Side, compare
+from torch import Tensor, nn
+from training_forms import FORMS, Trainer, flop_an_image, make_epoch
+
+from infobatch_fast import measure
+from infobatch_fast.augment import augmentation
+from infobatch_fast.command import Interrupted
+from infobatch_fast.data import Dataset, make_synthetic
+from infobatch_fast.errors import UserError
+from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.loader import TorchLoader
+from infobatch_fast.models import make_model
+
+CPU = torch.device("cpu")
+SAMPLES, BATCH = 160, 64  # the last batch is partial
+WITH_WORKERS = ("torchvision v2, DataLoader, 2 workers", "PIL, DataLoader, 2 workers")
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return replace(make_synthetic(800, 16), mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
+
+
+@pytest.fixture
+def setting(data: Dataset, tmp_path: Path) -> Setting:
+    plan = InfoBatch(len(data.labels), 1, 0.0, seed=3, device="cpu").sample(0)
+    return Setting(data, CPU, loader_sides.first(plan, SAMPLES), BATCH, 2, 3, tmp_path)
+
+
+@pytest.fixture
+def bench(data: Dataset, tmp_path: Path) -> Iterator[throughput_rows.Run]:
+    lines = measure.Lines(tmp_path / "out" / "lines.jsonl", "throughput", CPU, {}, quick=True)
+    yield throughput_rows.Run(data, CPU, lines, lambda line: None, True, 3)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.fixture
+def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the peers that may be installed here: they warn, and own threads of their own."""
+    monkeypatch.setattr(loader_peers, "PEERS", {})
+    monkeypatch.setattr(throughput_rows, "PEERS", {})
+
+
+def by_hand(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+    """The pass in numpy: images (K, 3, 32, 32) float64, labels (K,)."""
+    data, plan = setting.data, setting.plan
+    crops = augmentation(setting.seed, plan.epoch, 0, len(plan), 4, "cpu")
+    images = []
+    for index, y, x, flip in zip(plan.indices.tolist(), *(c.tolist() for c in crops), strict=True):
+        padded = np.pad(data.images[index].numpy(), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+        crop = padded[y : y + 32, x : x + 32]
+        images.append((crop[:, ::-1] if flip else crop).transpose(2, 0, 1))
+    mean, std = (np.array(v).reshape(3, 1, 1) for v in (data.mean, data.std))
+    return (np.stack(images) / 255 - mean) / std, data.labels[plan.indices].numpy()
+
+
+@pytest.mark.parametrize("name", [name for name in make_sides(2) if name not in PEERS])
+def test_a_side_gives_the_crops_and_flips_that_numpy_gives(name: str, setting: Setting) -> None:
+    side = make_sides(2)[name](setting)
+    assert compare(side, setting) is None
+    batches = list(side.batches())
+    assert [len(labels) for _, labels in batches] == [64, 64, 32]
+    images, labels = by_hand(setting)
+    assert {images.dtype for images, _ in batches} == {torch.float32}
+    np.testing.assert_allclose(torch.cat([b[0] for b in batches]), images, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(torch.cat([b[1] for b in batches]), labels)
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+@pytest.mark.filterwarnings("default")  # the packages' own
+def test_a_package_gives_what_ours_gives(name: str, setting: Setting) -> None:
+    pytest.importorskip(PEERS[name].package)
+    side = PEERS[name].make(setting)
+    assert compare(side, setting) is None
+    assert sum(len(labels) for _, labels in side.batches()) == SAMPLES
+
+
+def altered(setting: Setting, alter: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Side:
+    right = [
+        (images.clone(), labels) for images, labels, _ in setting.reference.epoch(setting.plan)
+    ]
+    right[1] = alter(*right[1])
+    return Side(lambda: right, setting.plan)
+
+
+def one_level(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    images[63, 2, 31, 31] += 1 / 255 / 0.26
+    return images, labels
+
+
+def slightly_off(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    images[5, 0, 7, 7] += 1e-4
+    return images, labels
+
+
+def no_number(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    images[5, 0, 7, 7] = torch.nan
+    return images, labels
+
+
+def wrong_label(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return images, labels.index_fill(0, torch.tensor([9]), 1 - int(labels[9] > 0))
+
+
+@pytest.mark.parametrize(
+    ("alter", "says"),
+    [
+        (one_level, "batch 1: pixels differ by up to 1 of 255 levels"),
+        (slightly_off, "batch 1: normalised values differ by up to 1.0e-04, more than 2.0e-06"),
+        (no_number, "batch 1: pixels differ by up to nan of 255 levels"),
+        (wrong_label, "batch 1: 1 labels differ"),
+        (lambda i, n: (i.flip(3), n), "batch 1: pixels differ"),
+        (lambda i, n: (i.flip(0), n.flip(0)), "batch 1: pixels differ"),
+        (lambda i, n: (i.half(), n), "batch 1: images are torch.float16 (64, 3, 32, 32) on cpu"),
+        (lambda i, n: (i[:32], n), "batch 1: images are torch.float32 (32, 3, 32, 32) on cpu"),
+        (lambda i, n: (i, n.int()), "batch 1: labels are torch.int32"),
+    ],
+)
+def test_a_corrupted_peer_is_caught(alter, says: str, setting: Setting) -> None:
+    assert compare(altered(setting, lambda *batch: batch), setting) is None
+    assert (compare(altered(setting, alter), setting) or "").startswith(f"output differs: {says}")
+
+
+def test_a_pass_of_another_length_is_caught(setting: Setting) -> None:
+    right = list(altered(setting, lambda *batch: batch).batches())
+    short, long = (Side(lambda b=b: b, setting.plan) for b in (right[:2], [*right, right[0]]))
+    assert compare(short, setting) == "output differs: it ends after 2 of 3 batches"
+    assert compare(long, setting) == "output differs: it goes on after 3 batches"
+
+
+def test_a_side_with_its_own_augmentation_is_compared_without_it_and_warmed_up(
+    setting: Setting,
+) -> None:
+    data, timed = setting.data, []
+    images = data.images[setting.plan.indices].permute(0, 3, 1, 2).half() / 255
+    mean, std = (torch.tensor(v, dtype=torch.half).view(3, 1, 1) for v in (data.mean, data.std))
+    half = ((images - mean) / std).float()
+    labels = data.labels[setting.plan.indices]
+    plain = list(zip(half.split(BATCH), labels.split(BATCH), strict=True))
+    side = Side(lambda: timed.append(1) or [], setting.plan, lambda: plain, tolerance=5e-3)
+    assert compare(side, setting) is None
+    assert timed == [1]
+    strict = compare(replace(side, tolerance=TOLERANCE), setting)
+    assert strict is not None
+    assert "normalised values differ" in strict
+
+
+def test_bytes_of_an_image() -> None:
+    # 3,072 uint8 read, 3,072 float32 written, index and label read, label written
+    assert IMAGE_BYTES == 3072 + 12_288 + 24
+
+
+@pytest.mark.usefixtures("no_packages")
+def test_rows_of_loaders(bench: throughput_rows.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        measure, "interleave", lambda calls, *a, **k: {name: [0.5, 0.25, 1.0] for name in calls}
+    )
+    monkeypatch.setattr(loader_sides, "MOST_WITHOUT_WORKERS", 80)
+    throughput_rows.run_loaders(bench, {"copy": 4000.0 * IMAGE_BYTES}, [50], 200, 1)
+    rows = {line["case"]["side"]: line for line in bench.lines.lines if not line["absent"]}
+    assert list(rows)[:2] == ["ours, DALI", "ours, torch"]
+    assert {name for name in rows if "0 workers" in name} == {
+        "torchvision v2, DataLoader, 0 workers",
+        "PIL, DataLoader, 0 workers",
+    }
+    for name, line in rows.items():
+        images = 80 if "0 workers" in name else 200
+        assert (line["unit"], line["case"]["batch_size"]) == ("images/s", 50)
+        assert (line["median"], line["count"]) == (images / 0.5, 3)
+        assert line["more"]["pass_images"] == images
+        assert line["more"]["copy_limit_percent"] == pytest.approx(100 * images / 0.5 / 4000)
+    assert all(line["absent"] is None for line in bench.lines.lines)
+
+
+def test_a_peer_that_is_missing_or_fails_or_differs_leaves_the_rest(
+    bench: throughput_rows.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+
+    def no_maker(setting: Setting) -> Side:
+        raise OSError("no disk\nfor it")
+
+    def breaking(setting: Setting) -> Side:
+        side = make_sides(1)["ours, torch"](setting)
+
+        def batches():
+            passes.append(1)
+            if len(passes) == 3:
+                raise RuntimeError("worker\n  died")
+            return side.batches()
+
+        return Side(batches, side.plan)
+
+    def differing(setting: Setting) -> Side:
+        return altered(setting, one_level)
+
+    def good(setting: Setting) -> Side:
+        return make_sides(1)["ours, torch"](setting)
+
+    makers = {"bad": no_maker, "breaking": breaking, "differing": differing, "good": good}
+    monkeypatch.setattr(throughput_rows, "make_sides", lambda workers: makers)
+    nothing = Peer("no_such_package_anywhere", "pip install it", no_maker)
+    monkeypatch.setattr(throughput_rows, "PEERS", {"peer": nothing})
+    throughput_rows.run_loaders(bench, {"copy": 1e9}, [BATCH], SAMPLES, 1)
+    rows = {line["case"]["side"]: line for line in bench.lines.lines}
+    assert rows["peer"]["absent"] == "not installed: pip install it"
+    assert rows["bad"]["absent"] == "failed: no disk for it"
+    assert rows["breaking"]["absent"] == "failed: worker died"
+    assert rows["differing"]["absent"].startswith("output differs: batch 1: pixels differ")
+    assert [name for name, row in rows.items() if row["absent"] is None] == ["good"]
+    assert rows["good"]["count"] == 3
+    assert len(passes) == 3  # the comparison, the first round, and the one that failed
+
+
+def test_guarded_calls_no_more_after_a_failure_and_lets_a_signal_through() -> None:
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise ValueError
+
+    guarded = throughput_rows.Guarded(fail)
+    guarded()
+    guarded()
+    assert (calls, guarded.failure) == ([1], "failed: ValueError")
+
+    def stop() -> None:
+        raise Interrupted(2, "stopped")
+
+    with pytest.raises(Interrupted):
+        throughput_rows.Guarded(stop)()
+
+
+def test_worker_processes_end_with_their_side(setting: Setting) -> None:
+    side = make_sides(2)[WITH_WORKERS[0]](setting)
+    loader_sides.run(side)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)  # as a terminal does to all; the main one decides
+    loader_sides.run(side)
+    assert {w.pid for w in multiprocessing.active_children()} == {w.pid for w in workers}
+    del side
+    assert multiprocessing.active_children() == []
+
+
+def test_flop_of_networks_counted_by_hand() -> None:
+    # Forward and the weights' gradient; the first layer's input wants none.
+    assert flop_an_image(nn.Linear(10, 5), (10,)) == 2 * (2 * 10 * 5)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 32 * 32, 10)
+    )
+    convolution, linear = 2 * 8 * (3 * 9) * 32 * 32, 2 * 8 * 32 * 32 * 10
+    assert flop_an_image(net) == 2 * convolution + 3 * linear
+    # Published: 0.56 GFLOP (multiply-adds) forward, less the first layer's one gradient.
+    assert flop_an_image(make_model("r18", seed=0)) == pytest.approx(6 * 0.5564e9, rel=0.01)
+
+
+def test_arithmetic() -> None:
+    assert throughput_rows.percent(50.0, 200.0) == 25.0
+    assert training_forms.dataset_rate(1000, 600, 200.0, 0.5) == 1000 / 3.5
+    assert training_forms.whole_steps(0.1, 0.25, 50) == 3
+    assert training_forms.whole_steps(0.001, 0.5, 50) == 50
+    assert training_forms.whole_steps(3.0, 0.5, 50) == 1
+
+
+def test_epochs_of_full_and_of_pruned_data() -> None:
+    full = make_epoch(20_000, 128, 0.0, 5, CPU)
+    assert full.infobatch is None
+    assert sorted(full.plan.indices.tolist()) == list(range(20_000))
+    assert full.plan.weights.unique().tolist() == [1.0]
+    pruned = make_epoch(20_000, 128, 0.5, 5, CPU)
+    assert pruned.infobatch is not None
+    assert 0.79 < pruned.plan.num_prunable / 20_000 < 0.83
+    assert len(pruned.plan) % 128 == 0
+    assert len(pruned.plan) == pytest.approx(20_000 - pruned.plan.num_prunable / 2, abs=128)
+    pruned.infobatch.scores.fill_(1.0)  # a step's doing
+    again = pruned.choose()
+    assert torch.equal(again.indices, pruned.plan.indices)
+    assert torch.equal(again.weights, pruned.plan.weights)
+
+
+@pytest.mark.parametrize("form", ["eager", "channels_last", "amp"])
+def test_a_trainer_trains_on_what_it_says(form: str, data: Dataset) -> None:
+    loader = TorchLoader(data.images, data.labels, 50, mean=data.mean, std=data.std)
+    epoch = make_epoch(800, 50, 0.5, 1, CPU)
+    assert epoch.infobatch is not None
+    trainer = Trainer("small", FORMS[form], epoch, data, loader, seed=2)
+    seen: list[tuple[Tensor, Tensor]] = []
+    step = trainer.step
+
+    def spy(images: Tensor, labels: Tensor, batch, lr: float, momentum: float) -> None:
+        assert images.is_contiguous() == (form == "eager")
+        assert images.is_contiguous(memory_format=torch.channels_last) == (form != "eager")
+        seen.append((images, batch.indices))
+        step(images, labels, batch, lr, momentum)
+
+    trainer.step = spy  # pyright: ignore[reportAttributeAccessIssue]
+    before = [p.detach().clone() for p in step.parameters]
+    scores = epoch.infobatch.scores.clone()
+    trainer.fed(3)
+    assert torch.equal(torch.cat([i for _, i in seen]), epoch.plan.indices[:150])
+    changed = (epoch.infobatch.scores != scores).nonzero().squeeze(1)
+    assert torch.equal(changed, epoch.plan.indices[:150].sort().values)
+    assert not any(torch.equal(p, q) for p, q in zip(before, step.parameters, strict=True))
+    seen.clear()
+    trainer.resident(2)
+    assert seen[0][0] is seen[1][0]
+    assert torch.equal(seen[0][1], epoch.plan.indices[:50])
+    weight = step.parameters[0]
+    assert weight.is_contiguous() == (form == "eager")
+    assert step.read_counts().skipped == 0
+
+
+def test_rows_of_training(bench: throughput_rows.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(calls, *args, **kwargs):
+        if set(calls) == {"0.0", "0.5"}:
+            return {"0.0": [0.1, 0.1], "0.5": [0.2, 0.2]}
+        took = {"loader": 1.0, "resident": 2.0, "fed": 4.0}
+        return {name: [took[name.split()[-1]]] * 3 for name in calls}
+
+    monkeypatch.setattr(measure, "interleave", seconds)
+    monkeypatch.setattr(training_forms, "whole_steps", lambda *a: 2)
+    broken = Trainer
+
+    def trainer(model, form, *args):
+        if form.amp == "bf16":
+            raise RuntimeError("no bfloat16")
+        return broken(model, form, *args)
+
+    monkeypatch.setattr(training_rows, "Trainer", trainer)
+    limits = {"copy": 1e9, "float32": 1e9, "bfloat16": 2e9}
+    training_rows.run_training(bench, limits, {"small": ("eager", "amp")}, 0.5, {"small": 100})
+    flop = flop_an_image(make_model("small", seed=0))
+    full, pruned, *absent = bench.lines.lines
+    assert full["case"] == {"model": "small", "batch_size": 100, "form": "eager", "ratio": 0.0}
+    assert pruned["case"]["ratio"] == 0.5
+    kept = pruned["more"]["epoch_images"]
+    assert kept % 100 == 0
+    assert 400 <= kept < 800
+    for line, images, choose in ((full, 800, 0.1), (pruned, kept, 0.2)):
+        more = line["more"]
+        assert (line["median"], line["unit"], line["count"]) == (2 * 100 / 4, "images/s", 3)
+        assert more["resident_images/s"] == 2 * 100 / 2
+        steps = kept // 100  # of the loader alone: as many as the shorter epoch has
+        assert more["loader_images/s"] == steps * 100
+        assert more["compute_limit_percent"] == pytest.approx(100 * 50 * flop / 1e9)
+        assert more["resident_compute_limit_percent"] == pytest.approx(100 * 100 * flop / 1e9)
+        assert more["dataset_images/s"] == pytest.approx(800 / (choose + images / 50))
+        assert (more["epoch_images"], more["choose_s"]) == (images, choose)
+    assert full["more"]["well_learned_percent"] == 0
+    assert 75 < pruned["more"]["well_learned_percent"] < 87
+    assert [line["absent"] for line in absent[:2]] == ["failed: no bfloat16"] * 2
+    assert [line["case"]["form"] for line in absent] == ["amp", "amp", "graph"]
+    assert absent[2]["absent"].startswith("not built yet")
+
+
+def test_what_is_measured_by_default() -> None:
+    options = throughput.Options()
+    cpu = throughput.settle(options, 50_000, cuda=False)
+    assert (cpu.batch_sizes, cpu.samples) == ((128, 200, 512, 1024), 8192)
+    assert cpu.forms == {"small": ("eager", "channels_last", "amp"), "r18": ("eager",)}
+    cuda = throughput.settle(options, 50_000, cuda=True)
+    assert cuda.samples == 50_000
+    assert cuda.forms == dict.fromkeys(("small", "r18", "r50"), tuple(FORMS))
+    quick = throughput.settle(replace(options, quick=True), 50_000, cuda=False)
+    assert (quick.batch_sizes, list(quick.forms)) == ((200,), ["small"])
+    given = replace(options, models=("r50",), forms=("amp",), workers=3, batch_sizes=(7,))
+    scope = throughput.settle(given, 50_000, cuda=False)
+    assert (scope.forms, scope.workers, scope.batch_sizes) == ({"r50": ("amp",)}, 3, (7,))
+    assert throughput.settle(replace(options, models=()), 50_000, cuda=False).forms == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--device gpu", "device must be one of auto, cuda, cpu, got gpu (did you mean cuda?)"),
+        ("--models r18 r19", "models must be one of r18, r34, r50, r101, small, got r19"),
+        ("--forms fast", "forms must be one of eager, channels_last, amp, compiled, got fast"),
+        ("--forms amp amp", "forms must differ from each other, got amp amp"),
+        ("--batch-sizes 0", "batch_sizes must be at least 1, got 0"),
+        ("--batch-sizes 8 8", "batch_sizes must differ from each other, got 8 8"),
+        ("--batch-sizes 128 --samples 100", "batch_sizes must be at most samples = 100, got 128"),
+        ("--batch-sizes --models", "models must be at least one where batch_sizes are none"),
+        ("--samples 0", "samples must be at least 1, got 0"),
+        ("--samples 801", "samples must be at most 800, got 801"),
+        ("--workers 0", "workers must be at least 1, got 0"),
+        ("--ratio 1", "ratio must be in (0, 1), got 1.0"),
+        ("--ratio nan", "ratio must be in (0, 1), got nan"),
+        ("--seed -1", "seed must be at least 0, got -1"),
+        ("--seed 9223372036854775808", "seed must be below 2**63, got 9223372036854775808"),
+        ("--samples many", "many"),
+        ("--nonsense", "nonsense"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    words: str, line: str, data: Dataset, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "load_data", lambda seed, say: data)
+    out = tmp_path / "out"
+    assert throughput.main([*words.split(), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert line in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_one_line(data, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(throughput, "load_data", lambda seed, say: data)
+    (tmp_path / "mine.txt").write_text("x")
+    assert throughput.main(["--quick", "--samples", "300", "--out", str(tmp_path)]) == 2
+    assert "error: out must be a new or empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_synthetic_images_stand_in_for_missing_data(tmp_path, monkeypatch, data) -> None:
+    monkeypatch.setattr(throughput, "default_data_dir", lambda: tmp_path)
+    monkeypatch.setattr(throughput, "make_synthetic", lambda seed: data if seed == 7 else None)
+    said: list[str] = []
+    assert throughput.load_data(7, said.append) is data
+    assert "synthetic" in said[0]
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    with pytest.raises(UserError):  # broken data is no missing data
+        throughput.load_data(7, said.append)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_packages")
+def test_a_whole_run(data: Dataset, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(throughput, "load_data", lambda seed, say: data)
+    out = tmp_path / "new" / "out"
+    words = "--quick --samples 120 --batch-sizes 40 60 --workers 1 --forms eager --ratio 0.4"
+    assert throughput.main([*words.split(), "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    lines = measure.read_lines(out / "throughput.jsonl")
+    assert {line["part"] for line in lines} == {"limits", "loaders", "training"}
+    sides = list(make_sides(1))
+    assert len(sides) == 6
+    got = {(n["case"]["side"], n["case"]["batch_size"]) for n in lines if n["part"] == "loaders"
+           and not n["absent"]}  # fmt: skip
+    assert got == {(side, size) for side in sides for size in (40, 60)}
+    ratios = [n["case"]["ratio"] for n in lines if n["part"] == "training" and not n["absent"]]
+    assert ratios == [0.0, 0.4]
+    for line in lines:
+        assert line["quick"] is True
+        assert line["options"]["samples"] == 120
+        assert str(tmp_path) not in str(line)
+        assert line["absent"] or line["median"] > 0
+    assert (out / "throughput.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.iterdir()} == {"throughput.jsonl", "throughput.png"}
+    text = said.out.splitlines()
+    assert text[0].startswith("device ")
+    assert text[-2].startswith("These are figures of ")
+    assert text[-2].endswith("too short to quote")
+    assert "images/s (% of the copy limit)" in said.out
+    assert "| small, batch 200, eager" in said.out
+    assert "absent: small, 200, graph: not built yet" in said.out
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.usefixtures("no_packages")
+@pytest.mark.parametrize("where", ["in the training", "in a loader's pass"])
+def test_ctrl_c_keeps_what_was_measured(
+    where: str, data: Dataset, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ctrl_c(*args: object, **kwargs: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    limits = {"copy_bytes_per_second": 1e9, "matmul_flops_per_second": 1e9}
+    monkeypatch.setattr(measure, "limits", lambda *a: limits)
+    monkeypatch.setattr(throughput_rows, "_convolution_rate", lambda *a: 1e9)
+    monkeypatch.setattr(throughput, "load_data", lambda seed, say: data)
+    if where == "in the training":
+        monkeypatch.setattr(throughput, "run_training", ctrl_c)
+    else:
+        monkeypatch.setattr(measure, "interleave", ctrl_c)
+    out = tmp_path / "out"
+    words = "--quick --samples 64 --batch-sizes 32 --workers 1"
+    assert throughput.main([*words.split(), "--out", str(out)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    parts = {line["part"] for line in measure.read_lines(out / "throughput.jsonl")
+             if not line["absent"]}  # fmt: skip
+    assert parts == ({"limits", "loaders"} if where == "in the training" else {"limits"})
+    assert multiprocessing.active_children() == []
+
+
+def test_a_plot_of_nothing_is_none(tmp_path: Path, bench: throughput_rows.Run) -> None:
+    bench.lines.add_absent("loaders", {"side": "x"}, "failed")
+    assert not throughput_report.draw(bench.lines.lines, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+    assert throughput_report.summary(bench.lines.lines) == ["", "absent: x: failed"]
+
+
+@pytest.mark.gpu
+def test_every_side_delivers_on_the_gpu(setting: Setting) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    indices, weights = setting.plan.indices.to(device), setting.plan.weights.to(device)
+    plan = replace(setting.plan, indices=indices, weights=weights)
+    there = replace(setting, device=device, plan=plan)
+    for name, make in loader_peers.make_sides(2).items():
+        if name not in PEERS:
+            assert compare(make(there), there) is None, name
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_every_form_trains_on_the_gpu(bench: throughput_rows.Run) -> None:
+    run = replace(bench, device=torch.device("cuda", torch.cuda.current_device()))
+    limits = {"copy": 1e12, "float32": 1e14, "bfloat16": 1e15}
+    training_rows.run_training(run, limits, {"small": tuple(FORMS)}, 0.5, {"small": 100})
+    failed = [line["absent"] for line in run.lines.lines if line["absent"]]
+    assert [why.split(":")[0] for why in failed] == ["not built yet"]
