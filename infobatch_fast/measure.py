@@ -24,7 +24,7 @@ LINE = (
     "benchmark",  # overhead, throughput, ...
     "part",  # the table within it that the line is a row of
     "case",  # object: what was measured, in order, such as {"samples": 50000, "side": "device"}
-    "unit",  # of the three that follow: "s" or "images/s"
+    "unit",  # of the three that follow: "s", "images/s", "B/s" or "FLOP/s"
     "median",
     "p20",
     "p80",

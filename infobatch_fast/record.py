@@ -73,7 +73,7 @@ def check_empty(folder: Path) -> None:
     try:
         content = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
     except OSError as error:
-        raise UserError(f"cannot read the run's folder {folder}: {_reason(error)}") from None
+        raise UserError(f"cannot read the folder {folder}: {_reason(error)}") from None
     if content:
         hint = f" (continue that run with --resume {folder})" if CONFIG in content else ""
         raise UserError(

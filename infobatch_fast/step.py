@@ -88,12 +88,23 @@ class TrainStep:
             momentum: momentum (beta1 of adam and lamb) of this step.
         """
         set_schedule(self.optimizer, lr, momentum)
+        self.advance(images, labels, batch, self.phases)
+
+    def advance(self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases) -> None:
+        """The device's part of a step, at the learning rate and momentum that are set.
+
+        Args:
+            images: as in the call.
+            labels: the same.
+            batch: the same.
+            phases: of scoring and rescaling; not enabled where a CUDA graph is captured.
+        """
         with self.autocast:
             logits = self.forward(images)
         losses = F.cross_entropy(
             logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
         )
-        with self.phases("update"):
+        with phases("update"):
             if self.infobatch is None:
                 loss = losses.mean()
             else:
@@ -109,22 +120,23 @@ class TrainStep:
         if self.scaling:
             torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
         if self.infobatch is not None:
-            with self.phases("update"):
+            with phases("update"):
                 self.infobatch.record(losses, batch, self.found_inf)
-        unweighted = self.infobatch is None
-        self._count(loss.detach(), torch.ones_like(batch.weights) if unweighted else batch.weights)
+        weights = None if self.infobatch is None else batch.weights
+        self._count(loss.detach(), labels.numel(), weights)
 
     @torch.no_grad()
-    def _count(self, loss: Tensor, weights: Tensor) -> None:
+    def _count(self, loss: Tensor, size: int, weights: Tensor | None) -> None:
         skipped = self.found_inf.double()
         taken = 1 - skipped
-        total = torch.where(skipped == 0, loss.double() * weights.numel(), 0.0)
+        total = torch.where(skipped == 0, loss.double() * size, 0.0)
+        weight = size if weights is None else weights.sum(dtype=torch.float64)
         row = (self.counts[3] + 1) * skipped
         self.counts.copy_(
             torch.stack(
                 [
                     self.counts[0] + total,
-                    self.counts[1] + weights.sum(dtype=torch.float64) * taken,
+                    self.counts[1] + weight * taken,
                     self.counts[2] + skipped,
                     row,
                     torch.maximum(self.counts[4], row),

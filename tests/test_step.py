@@ -21,8 +21,8 @@ def make_step(optimizer: str = "sgd", amp: str = "off", device: str = "cpu", **k
     return TrainStep(
         model,
         make_optimizer(optimizer, model, lr=0.1, weight_decay=5e-4),
-        InfoBatch(64, 4, device=device),
         **{
+            "infobatch": InfoBatch(64, 4, device=device),
             "amp": amp,
             "label_smoothing": 0.1,
             "compile": False,
@@ -124,6 +124,27 @@ def test_rows_of_skipped_steps_are_counted() -> None:
     step.begin_epoch()
     step(*bad, 0.01, 0.9)
     assert step.read_counts()[1:] == (1, 3)
+
+
+def test_without_infobatch_it_is_plain_training() -> None:
+    step = make_step(infobatch=None)
+    model = copy.deepcopy(step.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    total = 0.0
+    for seed in range(3):
+        images, labels, batch = make_batch(seed)  # its weights are not taken
+        step(images, labels, batch, 0.1, 0.9)
+        loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() / 3
+    for mine, theirs in zip(step.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert step.read_counts().loss == pytest.approx(total, rel=1e-5)
+    state = step.state_dict()
+    assert state["infobatch"] is None
+    step.load_state_dict(state)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
