@@ -21,14 +21,14 @@ Say = Callable[[str], None]
 
 
 class Interrupted(BaseException):
-    """A signal ended the run; `code` is the exit code.
+    """A signal ended the run; `number` is its own, `code` the exit code.
 
     No Exception, as KeyboardInterrupt is none: who expects any failure must not take it for one.
     """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
-        self.code = 128 + number
+        self.number, self.code = number, 128 + number
 
 
 class Unheard(Exception):

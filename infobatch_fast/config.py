@@ -61,7 +61,9 @@ class Config:
         amp: autocast; fp16 with loss scaling.
         whole_batches: in pruned epochs keep the count nearest to the exact one that leaves no
             partial batch; a GPU tunes and compiles its kernels anew for each size of one.
-        compile: torch.compile the network; implies --whole-batches.
+        compile: torch.compile the network; implies --whole-batches. Default of paper on CUDA.
+        graph: replay each full step as one CUDA graph; implies --whole-batches. Default of paper on
+            CUDA. An optimizer that it cannot hold, sgd or adam, trains without, and says so.
         dataset: synthetic is made on the device from the seed; default cifar10.
         data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
         loader: auto is DALI where it can be imported.
@@ -99,6 +101,7 @@ class Config:
     amp: Annotated[str, _one_of(*AMP)] = "bf16"
     whole_batches: bool = True
     compile: bool = False
+    graph: bool = False
     dataset: Annotated[str | None, _one_of(*DATASETS, hint="")] = None
     data_dir: Annotated[Path | None, _FOLDER] = None
     loader: Annotated[str, _one_of(*LOADERS)] = "auto"
@@ -187,6 +190,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+ON_CUDA: dict[str, dict[str, Any]] = {"paper": {"compile": True, "graph": True}, "quick": {}}
+
 
 def from_record(record: Any) -> Config:
     """The settings that `Config.recorded` gave.
@@ -218,11 +223,12 @@ def parse(arguments: Sequence[str], *, cuda: bool) -> Config:
         SystemExit: with code 2 for a flag that does not parse, 0 after --help.
     """
     device = peek(arguments, "device") or "auto"
-    default = "paper" if device == "cuda" or (device == "auto" and cuda) else "quick"
-    preset = peek(arguments, "preset") or default
+    cuda = device == "cuda" or (device == "auto" and cuda)
+    preset = peek(arguments, "preset") or ("paper" if cuda else "quick")
     if preset not in PRESETS:
         raise UserError(unknown_name("preset", preset, PRESETS))
-    return _command_line(arguments, Config(preset=preset, **PRESETS[preset]))
+    defaults = {**PRESETS[preset], **(ON_CUDA[preset] if cuda else {})}
+    return _command_line(arguments, Config(preset=preset, **defaults))
 
 
 def of_run(arguments: Sequence[str], recorded: Config, action: str) -> Config:
@@ -268,8 +274,14 @@ def differences(config: Config, recorded: Any) -> list[str]:
 
 
 def settle(config: Config, dataset: str, device: str) -> Config:
-    """The settings with the data set and the device that were found, as they are recorded."""
-    whole = config.whole_batches or config.compile
+    """The settings with the data set and the device that were found, as they are recorded.
+
+    Raises:
+        UserError: a CUDA graph was asked for on a CPU.
+    """
+    if config.graph and device != "cuda":
+        raise UserError("graph must be off on a CPU, got --graph")
+    whole = config.whole_batches or config.compile or config.graph
     return replace(config, dataset=dataset, device=device, whole_batches=whole)
 
 

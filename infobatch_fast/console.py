@@ -38,7 +38,8 @@ def header(
         f"data       {kind}: {samples:,} training and {tests:,} test images, "
         f"{data.num_classes} classes, fed by {loader}",
         f"model      {settings.model}, {parameters:,} parameters, channels_last, {precision}"
-        + (", compiled" if settings.compile else ""),
+        + (", compiled" if settings.compile else "")
+        + (", steps as CUDA graphs" if settings.graph else ""),
         f"recipe     {epochs}, batch {settings.batch_size}, {settings.optimizer}, "
         f"one-cycle to lr {settings.max_lr:g}, weight decay {settings.weight_decay:g}, "
         f"label smoothing {settings.label_smoothing:g}, seed {settings.seed}",
@@ -132,7 +133,7 @@ def _time_line(summary: dict[str, Any]) -> str:
 def _energy_line(summary: dict[str, Any]) -> str:
     if summary["joules"] is None:
         absent = summary["nvml"]["absent"]
-        why = absent.get("all") or absent.get("joules") or "not in every session of the run"
+        why = absent.get("all") or absent.get("joules") or "not at every reading of the run"
         return f"energy     not measured: {why}"
     line = f"energy     {summary['joules']:,.0f} J"
     if summary["joules_per_image"] is not None:

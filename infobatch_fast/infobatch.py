@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from infobatch_fast.errors import unknown_name
 from infobatch_fast.kernels import reference
+from infobatch_fast.kernels.select import Kernels, triton_kernels
 from infobatch_fast.policies import POLICIES
 
 STATE_VERSION = 1
@@ -173,25 +175,46 @@ class InfoBatch:
             raise ValueError(f"epoch must be in [0, {self.num_epochs}), got {epoch}")
         if batch_size is not None:
             _check_count("batch_size", batch_size)
+        prunes = epoch < self.first_full_epoch and self.ratio > 0 and self.policy != "none"
+        kernels = triton_kernels(self.scores.device)
+        draw = self._draw if kernels is None else partial(self._draw_by_kernels, kernels)
+        n, indices, weights = draw(_mix(self.seed, epoch), prunes, batch_size)
+        return Plan(epoch, self.num_samples, n, indices, weights)
+
+    def _draw(self, key: int, prunes: bool, batch_size: int | None) -> tuple[int, Tensor, Tensor]:
         scores = self.scores
-        generator = torch.Generator(scores.device).manual_seed(_mix(self.seed, epoch))
+        generator = torch.Generator(scores.device).manual_seed(key)
         n = 0
         prunable = scores
-        if epoch < self.first_full_epoch and self.ratio > 0 and self.policy != "none":
+        if prunes:
             prunable = POLICIES[self.policy](scores)
             n = int(prunable.sum())  # the epoch's one host sync: K sizes the plan and the loader
         if n == 0:
             order = torch.randperm(self.num_samples, generator=generator, device=scores.device)
-            weights = torch.ones(self.num_samples, dtype=torch.float32, device=scores.device)
-            return Plan(epoch, self.num_samples, 0, order, weights)
+            return 0, order, torch.ones_like(scores)
         k = self._keep(n, batch_size)
-        weight = n / k if self.rescale else 1.0
-        return Plan(
-            epoch,
-            self.num_samples,
-            n,
-            *reference.choose(prunable, n, k, weight, generator),
-        )
+        return n, *reference.choose(prunable, n, k, self._weight(n, k), generator)
+
+    def _draw_by_kernels(
+        self, kernels: Kernels, key: int, prunes: bool, batch_size: int | None
+    ) -> tuple[int, Tensor, Tensor]:
+        scores = self.scores
+        n = 0
+        positions = scores
+        if prunes:
+            if self.policy == "soft":  # which needs no mask: the kernel compares as it goes
+                positions, count = kernels.partition(scores, kernels.threshold(scores))
+            else:
+                positions, count = kernels.partition(POLICIES[self.policy](scores))
+            n = int(count)  # the epoch's one host sync, as above
+        if n == 0:
+            order = kernels.shuffle(self.num_samples, key, scores.device)
+            return 0, order, torch.ones_like(scores)
+        k = self._keep(n, batch_size)
+        return n, *kernels.choose(positions, n, k, self._weight(n, k), key)
+
+    def _weight(self, n: int, k: int) -> float:
+        return n / k if self.rescale else 1.0
 
     def _keep(self, n: int, batch_size: int | None) -> int:
         target = (1 - self.ratio) * n
@@ -219,6 +242,10 @@ class InfoBatch:
             ValueError: the losses are not one a sample.
         """
         losses = per_sample(losses, batch.indices.numel())
+        kernels = triton_kernels(self.scores.device)
+        if kernels is not None and self.scores.device == losses.device == batch.weights.device:
+            losses = losses.contiguous()
+            return kernels.update(losses, batch.weights, batch.indices, self.scores)
         self.record(losses, batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
@@ -233,7 +260,9 @@ class InfoBatch:
         """
         device = self.scores.device
         losses = _onto(per_sample(losses, batch.indices.numel()).detach(), device)
-        reference.record(self.scores, _onto(batch.indices, device), losses, found_inf)
+        kernels = triton_kernels(device)
+        operation = reference.record if kernels is None else kernels.record
+        operation(self.scores, _onto(batch.indices, device), losses.contiguous(), found_inf)
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -1,17 +1,25 @@
 """What LARS and LAMB share: flat buffers over many tensors, and steps that may be skipped.
 
-M is the length of the flat buffers, T the number of parameter tensors.
+Two ways to the same numbers: `Fused`, a few Triton launches in place, and `Foreach`, torch's
+multi-tensor operations, which is the specification and runs on any device. M is the length of the
+flat buffers, T the number of parameter tensors.
 """
 
+import importlib.util
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+
+from infobatch_fast.errors import reason
+
+if TYPE_CHECKING:
+    from infobatch_fast.kernels.layerwise import Pointers
 
 # Elements in a block of a flat buffer. One coefficient a block keeps the index that spreads the
 # trust ratios at 1/64 of the parameters' size, and each tensor aligned for vector loads.
@@ -19,51 +27,38 @@ BLOCK = 64
 
 
 class Bucket:
-    """Parameters of one device and dtype, each laid into whole blocks of flat buffers (M,).
+    """Parameters of one device and dtype, their state laid into whole blocks of flat buffers (M,).
 
     The views of a buffer have the parameters' own strides, without which the multi-tensor kernels
     fall back to one launch a tensor. The padding between them stays finite and is never read.
     """
 
     def __init__(self, params: list[Tensor], slots: Iterable[str], state: dict[Tensor, Any]):
-        self.key = _layout(params)
         self.params = params
-        device, dtype = params[0].device, params[0].dtype
-        self.accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        blocks = [-(-p.numel() // BLOCK) for p in params]
-        owner = torch.repeat_interleave(torch.arange(len(params)), torch.tensor(blocks))
-        self._owner = owner.to(device, torch.int32)
-        self.flat = torch.zeros(BLOCK * sum(blocks), dtype=dtype, device=device)
-        starts = [BLOCK * n for n in itertools.accumulate(blocks, initial=0)][:-1]
-        strides = [torch.empty_like(p, device="meta").stride() for p in params]
-        shapes = [p.shape for p in params]
-        places = list(zip(shapes, strides, starts, strict=True))
-        self.views = [self.flat.as_strided(*place) for place in places]
+        self.device, self.dtype = params[0].device, params[0].dtype
+        self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.blocks_of = [-(-p.numel() // BLOCK) for p in params]
+        self.starts = [BLOCK * n for n in itertools.accumulate(self.blocks_of, initial=0)][:-1]
         self.state: dict[str, Tensor] = {}
         for name in slots:
             if name == "step":
-                whole = torch.zeros(len(params), dtype=torch.float32, device=device)
-                parts = whole.unbind()
+                whole = torch.zeros(len(params), dtype=torch.float32, device=self.device)
+                parts = list(whole.unbind())
             else:
-                whole = torch.zeros_like(self.flat)
-                parts = [whole.as_strided(*place) for place in places]
+                whole, parts = self.buffer()
             for p, part in zip(params, parts, strict=True):
                 if name in state[p]:
                     part.copy_(state[p][name])
                 state[p][name] = part
             self.state[name] = whole
 
-    def gradients(self, scale: Tensor | None) -> None:
-        """Copies the gradients into `flat`, divided by `scale` (1,) if there is one."""
-        grads = [p.grad for p in self.params if p.grad is not None]
-        assert len(grads) == len(self.views)
-        torch._foreach_copy_(self.views, grads)
-        if scale is not None:
-            self.flat.div_(scale)
-
-    def norms(self, tensors: list[Tensor]) -> Tensor:
-        """The Euclidean norm of each tensor, (T,) float32 (float64 for float64)."""
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype=self.accumulate))
+    def buffer(self) -> tuple[Tensor, list[Tensor]]:
+        """A buffer of zeros (M,), and its views, one a parameter."""
+        size = BLOCK * sum(self.blocks_of)
+        whole = torch.zeros(size, dtype=self.dtype, device=self.device)
+        strides = [torch.empty_like(p, device="meta").stride() for p in self.params]
+        places = zip(self.params, strides, self.starts, strict=True)
+        return whole, [whole.as_strided(p.shape, stride, start) for p, stride, start in places]
 
     def scalar(self, value: float | Tensor) -> Tensor:
         """A number or 0-dim tensor as a tensor (1,) on the device; a fill where it is a number.
@@ -71,16 +66,66 @@ class Bucket:
         One dimension, since a 0-dim tensor would be rounded to a 16-bit parameter's dtype.
         """
         if isinstance(value, Tensor):
-            return value.to(self.flat.device, self.accumulate).reshape(1)
-        return torch.full((1,), value, dtype=self.accumulate, device=self.flat.device)
+            return value.to(self.device, self.accumulate).reshape(1)
+        return torch.full((1,), value, dtype=self.accumulate, device=self.device)
+
+
+class Foreach(Bucket):
+    """A bucket for torch's multi-tensor operations, on a copy of the gradients, `flat`.
+
+    `obstacle` says why the kernels do not take it.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        slots: Iterable[str],
+        state: dict[Tensor, Any],
+        obstacle: str,
+    ):
+        super().__init__(params, slots, state)
+        self.obstacle = obstacle
+        owner = torch.repeat_interleave(torch.arange(len(params)), torch.tensor(self.blocks_of))
+        self._owner = owner.to(self.device, torch.int32)
+        self._one = torch.ones((), dtype=torch.float32, device=self.device)
+        self.flat, self.views = self.buffer()
+
+    def gradients(self, scale: Tensor | None) -> None:
+        """Copies the gradients into `flat`, divided by `scale` (1,) if there is one."""
+        torch._foreach_copy_(self.views, _gradients(self.params))
+        if scale is not None:
+            self.flat.div_(scale.to(self.device))
+
+    def mark_nonfinite(self, found_inf: Tensor) -> None:
+        """Sets `found_inf` to 1 if a gradient in `flat` is not finite."""
+        torch._amp_foreach_non_finite_check_and_unscale_(self.views, found_inf, self._one)
+
+    def norms(self, tensors: list[Tensor]) -> Tensor:
+        """The Euclidean norm of each tensor, (T,) float32 (float64 for float64)."""
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=self.accumulate))
 
     def spread(self, coefficients: Tensor) -> Tensor:
         """A coefficient for each tensor (T,) as one for each block (M/64, 1)."""
         return coefficients.index_select(0, self._owner).unsqueeze(1)
 
 
-def _layout(params: list[Tensor]) -> list[Any]:
-    return [(id(p), p.stride()) for p in params]
+class Fused(Bucket):
+    """A bucket for the Triton kernels, which read the gradients where they are."""
+
+    pointers: "Pointers"
+    scale: Tensor | None
+
+    def __init__(self, params: list[Tensor], slots: Iterable[str], state: dict[Tensor, Any]):
+        from infobatch_fast.kernels import layerwise as kernels  # needs Triton
+
+        super().__init__(params, slots, state)
+        self.kernels = kernels
+        self.blocks = kernels.Blocks(params, self.starts)
+
+    def gradients(self, scale: Tensor | None) -> None:
+        """Finds where the gradients are, for this step, and what they are divided by."""
+        self.pointers = self.blocks.point(self.params, _gradients(self.params))
+        self.scale = None if scale is None else scale.to(self.device, torch.float32)
 
 
 class LayerWise(torch.optim.Optimizer):
@@ -95,19 +140,36 @@ class LayerWise(torch.optim.Optimizer):
       it is not 0 the step leaves parameters and state as they were, whatever the gradients hold.
       `grad_scale`, the same shape: the gradients are divided by it (torch.amp.GradScaler). The
       gradients themselves are not written to.
+    - `finds_inf`, set to True: `step` itself sets `found_inf` to 1 where a gradient, once divided,
+      is not finite, and else to 0: a pass over the gradients less.
     - Norms and coefficients are float32 (float64 for float64); all that has a parameter's size is
       in its dtype, so LAMB's second moment is poor in 16 bits.
+    - `fused`: None takes the Triton kernels for float32 parameters on a GPU, and torch's operations
+      where they cannot be had; `note` then says why. False never takes them. True takes them on any
+      device (off the GPU, by Triton's interpreter), and raises what None notes. They are compiled
+      when the optimizer is made.
 
     Raises ValueError for a hyperparameter out of range (a tensor's value is not looked at) and for
     parameters that are not dense and floating point.
     """
 
+    finds_inf = False
+    grad_scale: Tensor | None  # without a default: torch.amp.GradScaler looks whether it is there
+    fused: bool | None = None
     _step_supports_amp_scaling = True
     _slots: tuple[str, ...] = ()
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]):
-        self._buckets: dict[tuple[int, torch.device, torch.dtype], Bucket] = {}
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], fused: bool | None):
+        self.fused = fused
+        # By group: the layout that they were made for, and the buckets.
+        self._buckets: dict[int, tuple[list[Any], list[Foreach | Fused]]] = {}
         super().__init__(params, defaults)
+
+    @property
+    def note(self) -> str:
+        """Why some parameters are updated by torch's operations; "" where none is."""
+        buckets = [bucket for _, members in self._buckets.values() for bucket in members]
+        return "; ".join(dict.fromkeys(b.obstacle for b in buckets if isinstance(b, Foreach)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does; ValueError for parameters or numbers that cannot work."""
@@ -124,6 +186,9 @@ class LayerWise(torch.optim.Optimizer):
             raise
         trained = [p for p in group["params"] if p.requires_grad]
         self._lay_out(len(self.param_groups) - 1, trained)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fused": self.fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -157,38 +222,127 @@ class LayerWise(torch.optim.Optimizer):
         """One step from the gradients; returns what `closure` does, if one is given.
 
         Raises:
-            ValueError: If a gradient is sparse.
+            ValueError: If a gradient is sparse, or there is no `found_inf` to be set.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        work: list[tuple[Foreach | Fused, dict[str, Any]]] = []
         for index, group in enumerate(self.param_groups):
-            for bucket in self._lay_out(index, [p for p in group["params"] if p.grad is not None]):
-                device = bucket.flat.device
-                found = None if found_inf is None else found_inf.to(device).reshape(1) != 0
-                bucket.gradients(None if scale is None else scale.to(device))
-                self._update(bucket, group, found)
+            trained = [p for p in group["params"] if p.grad is not None]
+            work += [(bucket, group) for bucket in self._lay_out(index, trained)]
+        mark = None
+        if self.finds_inf:
+            if found_inf is None:
+                raise ValueError("found_inf must be a tensor where finds_inf is set, got None")
+            mark = found_inf.zero_()
+        for bucket, _ in work:
+            bucket.gradients(scale)
+            if isinstance(bucket, Fused):
+                self._begin(bucket, mark)
+            elif mark is not None:
+                bucket.mark_nonfinite(mark)
+        for bucket, group in work:
+            found = None if found_inf is None else found_inf.to(bucket.device)
+            if isinstance(bucket, Fused):
+                self._launch(bucket, group, None if found is None else found.to(torch.float32))
+                # As torch's own operations do: autograd then sees what was changed in place.
+                torch.autograd.graph.increment_version([*bucket.params, *bucket.state.values()])
+            else:
+                self._update(bucket, group, None if found is None else found.reshape(1) != 0)
         return loss
 
-    def _lay_out(self, index: int, params: list[Tensor]) -> list[Bucket]:
-        alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
+    def _lay_out(self, index: int, params: list[Tensor]) -> list[Foreach | Fused]:
         for p in params:
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise ValueError(f"gradients must be dense, got {p.grad.layout}")
-            if p.numel():
-                alike[index, p.device, p.dtype].append(p)
-        for name, members in alike.items():
-            if name not in self._buckets or self._buckets[name].key != _layout(members):
-                self._buckets[name] = Bucket(members, self._slots, self.state)
-        return [self._buckets[name] for name in alike]
+        params = [p for p in params if p.numel()]
+        if not params:
+            return []
+        layout = [self.fused, *((id(p), p.device, p.dtype, p.shape, p.stride()) for p in params)]
+        held, buckets = self._buckets.get(index, ([], []))
+        if layout != held:
+            alike: defaultdict[Any, list[Tensor]] = defaultdict(list)
+            for p in params:
+                alike[p.device, p.dtype, _obstacle(p, self.fused)].append(p)
+            buckets = []
+            for (device, _, obstacle), members in alike.items():
+                obstacle = obstacle or self._rehearse(device, self.param_groups[index])
+                if obstacle:
+                    buckets.append(Foreach(members, self._slots, self.state, obstacle))
+                else:
+                    buckets.append(Fused(members, self._slots, self.state))
+            self._buckets[index] = layout, buckets
+        return buckets
+
+    def _rehearse(self, device: torch.device, group: dict[str, Any]) -> str:
+        """Steps a tensor by the kernels and by torch; returns what is wrong, "" if nothing is.
+
+        Triton compiles and loads its kernels now, which a capture forbids.
+        """
+        found = torch.zeros(1, dtype=torch.float32, device=device)
+        states: list[list[Tensor]] = []
+        try:
+            for kind in (Fused, partial(Foreach, obstacle="")):
+                weight = torch.linspace(-1, 1, 5000, dtype=torch.float32, device=device)
+                weight.grad = (weight * 1000).sin()
+                bucket = kind([weight], self._slots, defaultdict(dict))
+                bucket.gradients(None)
+                if isinstance(bucket, Fused):
+                    self._begin(bucket, found)
+                    self._launch(bucket, group, found)
+                else:
+                    self._update(bucket, group, found != 0)
+                states.append([weight, *bucket.state.values()])
+            if not all(torch.allclose(a, b, 1e-4, 1e-6) for a, b in zip(*states, strict=True)):
+                raise RuntimeError("they differ from torch's operations")
+        except Exception as error:  # of many kinds: no C compiler, a driver too old, ...
+            if self.fused:
+                raise
+            return f"the kernels cannot run: {reason(error)}"
+        return ""
 
     def _check(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _update(self, bucket: Bucket, group: dict[str, Any], found: Tensor | None) -> None:
+    def _update(self, bucket: Foreach, group: dict[str, Any], found: Tensor | None) -> None:
+        """Steps by torch's operations, unless `found` (1,) bool."""
         raise NotImplementedError
+
+    def _begin(self, bucket: Fused, mark: Tensor | None) -> None:
+        """Launches what comes before `_launch` of any bucket; sets `mark` for a non-finite."""
+        raise NotImplementedError
+
+    def _launch(self, bucket: Fused, group: dict[str, Any], found: Tensor | None) -> None:
+        """Steps by the kernels, unless `found` () or (1,) float32."""
+        raise NotImplementedError
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    grads = [p.grad for p in params if p.grad is not None]
+    assert len(grads) == len(params)
+    return grads
+
+
+def _obstacle(p: Tensor, fused: bool | None) -> str:
+    """Why the kernels do not take a parameter; "" if they do."""
+    if fused is False:
+        return "fused is False"
+    if not (p.is_cuda or fused):
+        return f"parameters on {p.device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if p.is_cuda and torch.cuda.get_device_capability(p.device) < (8, 0):
+        return "a GPU of compute capability below 8.0"
+    if p.dtype != torch.float32:
+        return f"parameters of {p.dtype}"
+    if type(p) not in (Tensor, torch.nn.Parameter):
+        return f"parameters of class {type(p).__name__}"
+    from infobatch_fast.kernels.layerwise import is_dense  # needs Triton
+
+    return "" if is_dense(p.shape, p.stride()) else "parameters that are not dense"
 
 
 def _in_place(mine: Any, loaded: Any) -> Any:

@@ -7,7 +7,6 @@ Dimensions: N samples, K of them in the epoch, B batch, H x W image, C = 3 chann
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
 from importlib import import_module
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -125,6 +124,10 @@ class _Loader:
         # In the pixels' units, 0 to 255.
         self._mean = [255 * value for value in mean]
         self._std = [255 * value for value in std]
+        # A host sync each, here and not in the first epoch: the numbers come from the host.
+        scale = 1 / torch.tensor(self._std, dtype=torch.float32, device=images.device)
+        mean_on_device = torch.tensor(self._mean, dtype=torch.float32, device=images.device)
+        self._normalisation = mean_on_device, scale
         self._size = height, width = images.shape[1], images.shape[2]
         if self.pad:
             rows = reflect(height, self.pad, images.device)
@@ -191,12 +194,6 @@ class TorchLoader(_Loader):
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
-
-    @cached_property
-    def _normalisation(self) -> tuple[Tensor, Tensor]:
-        # A host sync each, once: the numbers come from the host.
-        mean = torch.tensor(self._mean, dtype=torch.float32, device=self._device)
-        return mean, 1 / torch.tensor(self._std, dtype=torch.float32, device=self._device)
 
     def _batches(
         self, plan: EpochPlan[BatchT], first: int

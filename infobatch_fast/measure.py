@@ -31,6 +31,7 @@ LINE = (
     "count",  # measurements behind them
     "more",  # object: further figures of this row, each name ending in its unit
     "absent",  # why the row has no figures (then unit to count are null); null where it has
+    "complete",  # whether the benchmark ended; false where it was stopped midway
     "quick",  # whether it was a --quick run, too short to quote
     "options",  # object: the benchmark's settings
     "started",  # UTC, ISO 8601
@@ -257,6 +258,12 @@ class Lines:
         """Write a row that has no figures, with the reason in one line."""
         return self._add(part, case, None, {}, None, why)
 
+    def finish(self) -> None:
+        """Say of each line that the benchmark ended as it should."""
+        for line in self.lines:
+            line["complete"] = True
+        self._write()
+
     def _add(
         self,
         part: str,
@@ -274,6 +281,7 @@ class Lines:
             **{name: _finite(figures.get(name)) for name in ("median", "p20", "p80", "count")},
             "more": {name: _finite(value) for name, value in (more or {}).items()},
             "absent": absent,
+            "complete": False,
             "quick": self._quick,
             **self._of,
         }

@@ -63,6 +63,7 @@ class Nvml:
         self._missed: Counter[str] = Counter()
         self._values: dict[str, tuple[int, float, float, float]] = {}  # count, sum, min, max
         self._throttled: Counter[str] = Counter()
+        self._throttle_samples = 0
         self._samples = 0
         self._counter: float | None = None  # J, at the start
         self._power: tuple[float, float] | None = None  # s and W of the last sample
@@ -139,9 +140,10 @@ class Nvml:
                 name: {"mean": total / count, "min": low, "max": high}
                 for name, (count, total, low, high) in self._values.items()
             }
-            if self._samples and "throttle_share" not in self._absent:
+            if self._throttle_samples:
                 fields["throttle_share"] = {
-                    name: count / self._samples for name, count in sorted(self._throttled.items())
+                    name: count / self._throttle_samples
+                    for name, count in sorted(self._throttled.items())
                 }
             if joules is not None:
                 fields["joules"] = joules
@@ -172,6 +174,7 @@ class Nvml:
                     count, total, low, high = self._values.get(name, (0, 0.0, value, value))
                     low, high = min(low, value), max(high, value)
                     self._values[name] = count + 1, total + value, low, high
+            self._throttle_samples += reasons is not None
             for place in range(int(reasons or 0).bit_length()):
                 if int(reasons or 0) >> place & 1:
                     self._throttled[_THROTTLE.get(1 << place, hex(1 << place))] += 1

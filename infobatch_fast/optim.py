@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.layerwise import BLOCK, Bucket, LayerWise, fraction, not_negative, require
+from infobatch_fast.layerwise import (
+    BLOCK,
+    Foreach,
+    Fused,
+    LayerWise,
+    fraction,
+    not_negative,
+    require,
+)
 
 OPTIMIZERS = ("sgd", "adam", "lars", "lamb")
 
@@ -37,16 +45,17 @@ class LARS(LayerWise):
         eta: float = 0.001,
         max_trust: float = 50.0,
         clip: float = 10.0,
+        fused: bool | None = None,
     ):
         numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
-        super().__init__(params, {**numbers, "max_trust": max_trust, "clip": clip})
+        super().__init__(params, {**numbers, "max_trust": max_trust, "clip": clip}, fused)
 
     def _check(self, group: dict[str, Any]) -> None:
         names = ("lr", "weight_decay", "eta", "max_trust", "clip")
         not_negative(**{name: group[name] for name in names})
         fraction(momentum=group["momentum"])
 
-    def _update(self, bucket: Bucket, group: dict[str, Any], found: Tensor | None) -> None:
+    def _update(self, bucket: Foreach, group: dict[str, Any], found: Tensor | None) -> None:
         flat, buffer = bucket.flat, bucket.state["momentum_buffer"]
         decay = group["weight_decay"]
         weight, gradient = bucket.norms(bucket.params), bucket.norms(bucket.views)
@@ -65,6 +74,23 @@ class LARS(LayerWise):
         blocks = flat.view(-1, BLOCK)
         torch.mul(buffer.view(-1, BLOCK), bucket.spread(step), out=blocks)
         torch._foreach_sub_(bucket.params, bucket.views)
+
+    def _begin(self, bucket: Fused, mark: Tensor | None) -> None:
+        bucket.kernels.norms(
+            bucket.blocks, bucket.pointers, grad_scale=bucket.scale, found_inf=mark
+        )
+
+    def _launch(self, bucket: Fused, group: dict[str, Any], found: Tensor | None) -> None:
+        bucket.kernels.lars(
+            bucket.blocks,
+            bucket.pointers,
+            bucket.state["momentum_buffer"],
+            bucket.scalar(group["lr"]),
+            bucket.scalar(group["momentum"]),
+            **{name: group[name] for name in ("weight_decay", "eta", "max_trust", "clip")},
+            grad_scale=bucket.scale,
+            found_inf=found,
+        )
 
 
 class LAMB(LayerWise):
@@ -85,16 +111,17 @@ class LAMB(LayerWise):
         eps: float = 1e-6,
         weight_decay: float = 5e-4,
         max_trust: float = 10.0,
+        fused: bool | None = None,
     ):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**numbers, "max_trust": max_trust})
+        super().__init__(params, {**numbers, "max_trust": max_trust}, fused)
 
     def _check(self, group: dict[str, Any]) -> None:
         not_negative(**{name: group[name] for name in ("lr", "weight_decay", "max_trust")})
         require("> 0", lambda v: v > 0, eps=group["eps"])
         fraction(**{f"betas[{i}]": beta for i, beta in enumerate(group["betas"])})
 
-    def _update(self, bucket: Bucket, group: dict[str, Any], found: Tensor | None) -> None:
+    def _update(self, bucket: Foreach, group: dict[str, Any], found: Tensor | None) -> None:
         flat, count = bucket.flat, bucket.state["step"]
         mean, square = bucket.state["exp_avg"], bucket.state["exp_avg_sq"]
         beta1, beta2 = bucket.scalar(group["betas"][0]), bucket.scalar(group["betas"][1])
@@ -125,6 +152,27 @@ class LAMB(LayerWise):
             step = step.masked_fill(found, 0.0)
         blocks.mul_(bucket.spread(step))
         torch._foreach_sub_(bucket.params, bucket.views)
+
+    def _begin(self, bucket: Fused, mark: Tensor | None) -> None:
+        if mark is not None:
+            bucket.kernels.find_nonfinite(
+                bucket.blocks, bucket.pointers, mark, grad_scale=bucket.scale
+            )
+
+    def _launch(self, bucket: Fused, group: dict[str, Any], found: Tensor | None) -> None:
+        bucket.kernels.lamb(
+            bucket.blocks,
+            bucket.pointers,
+            bucket.state["exp_avg"],
+            bucket.state["exp_avg_sq"],
+            bucket.state["step"],
+            bucket.scalar(group["lr"]),
+            bucket.scalar(group["betas"][0]),
+            beta2=group["betas"][1],
+            **{name: group[name] for name in ("eps", "weight_decay", "max_trust")},
+            grad_scale=bucket.scale,
+            found_inf=found,
+        )
 
 
 def make_optimizer(

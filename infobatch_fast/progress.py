@@ -60,7 +60,7 @@ class Progress:
     def _clear(self) -> None:
         # Since the last epoch was closed; None is "not measured".
         self.spent: dict[str, float | None] = dict.fromkeys((*SECONDS, *JOULES), 0.0)
-        self.phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.phases: dict[str, float] | None = dict.fromkeys(PHASES, 0.0)
 
     def begin(self) -> None:
         """Count time and energy from now on."""
@@ -74,7 +74,7 @@ class Progress:
     def stop_clock(self) -> None:
         """End that; what the phases took of it for pruning is counted as pruning instead."""
         assert self._training is not None
-        seconds, joules = self._since(self._training)
+        seconds, joules = _between(self._training, (time.perf_counter(), self.meter.joules()))
         phases = self._add_phases()
         pruning = sum(phases.get(name, 0.0) for name in PRUNING) if phases else None
         self._add(
@@ -125,7 +125,7 @@ class Progress:
             "skipped_steps": counts.skipped,
             **self.spent,
             "host_syncs": host_syncs,
-            "phases": self.phases if self.step.phases.enabled else None,
+            "phases": self.phases,
             "score_histogram": histogram,
         }
         self.history.append(line)
@@ -134,14 +134,10 @@ class Progress:
 
     def _add_up(self) -> None:
         """Bring `spent` and `phases` up to now."""
-        seconds, joules = self._since(self._now)
-        self._now = time.perf_counter(), self.meter.joules()
+        before, self._now = self._now, (time.perf_counter(), self.meter.joules())
+        seconds, joules = _between(before, self._now)
         self._add(seconds=seconds, joules=joules)
         self._add_phases()
-
-    def _since(self, then: tuple[float, float | None]) -> tuple[float, float | None]:
-        seconds, joules = time.perf_counter() - then[0], self.meter.joules()
-        return seconds, None if joules is None or then[1] is None else joules - then[1]
 
     def _add(self, **amounts: float | None) -> None:
         for name, amount in amounts.items():
@@ -150,8 +146,11 @@ class Progress:
 
     def _add_phases(self) -> dict[str, float]:
         phases = self.step.phases.read()
-        for name, seconds in phases.items():
-            self.phases[name] += seconds
+        if not self.step.phases.enabled:
+            self.phases = None  # of a part of the epoch they are not known
+        if self.phases is not None:
+            for name, seconds in phases.items():
+                self.phases[name] += seconds
         return phases
 
     def check_finite(self, longest: int) -> None:
@@ -229,7 +228,8 @@ class Progress:
             self.since_epoch = self.epoch + 1
             spent = {name: saved["spent"][name] for name in self.spent}
             self.spent = {n: None if v is None else float(v) for n, v in spent.items()}
-            self.phases = {name: float(saved["phases"][name]) for name in PHASES}
+            phases = saved["phases"]
+            self.phases = None if phases is None else {n: float(phases[n]) for n in PHASES}
             if len(self.history) != self.epoch or self.epoch > self.settings.epochs:
                 raise ValueError(f"{self.epoch} epochs but a history of {len(self.history)}")
             for number, line in enumerate(self.history, 1):
@@ -269,8 +269,7 @@ class Progress:
         # What came after the last epoch, a checkpoint say, is in no epoch's line.
         rest = {**dict.fromkeys(_SUMMED, 0), **self.spent}
         total = {n: _sum([*(line[n] for line in history), rest[n]]) for n in _SUMMED}
-        here = self.phases if self.step.phases.enabled else None
-        phases = [*(line["phases"] for line in history), here]
+        phases = [*(line["phases"] for line in history), self.phases]
         trained, joules = total["kept"], total["train_joules"]
         an_image = None if joules is None else joules / trained
         return {
@@ -297,6 +296,14 @@ class Progress:
             "peak_memory_bytes": peak_memory(self.step.found_inf.device),
             "data": source,
         }
+
+
+def _between(
+    then: tuple[float, float | None], now: tuple[float, float | None]
+) -> tuple[float, float | None]:
+    """Seconds and joules from one reading to another; None joules where one is not known."""
+    joules = None if then[1] is None or now[1] is None else now[1] - then[1]
+    return now[0] - then[0], joules
 
 
 def _sum(values: list[Any]) -> Any:

@@ -6,15 +6,18 @@ there, and read at the epoch's end.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infobatch_fast.errors import reason
 from infobatch_fast.infobatch import Batch, InfoBatch
 from infobatch_fast.kernels import reference
+from infobatch_fast.kernels.select import triton_kernels
+from infobatch_fast.layerwise import LayerWise
 from infobatch_fast.optim import nonfinite
 from infobatch_fast.schedule import set_schedule
 from infobatch_fast.telemetry import Phases
@@ -48,6 +51,7 @@ class TrainStep:
         label_smoothing: in [0, 1).
         compile: torch.compile the model; each batch size is then compiled once.
         phases: the time of scoring and rescaling is counted there as "update".
+        say: told if the model cannot be compiled, which then runs as it is; None raises instead.
     """
 
     def __init__(
@@ -60,7 +64,9 @@ class TrainStep:
         label_smoothing: float,
         compile: bool,
         phases: Phases,
+        say: Callable[[str], None] | None = None,
     ) -> None:
+        self._say = say
         self.model, self.optimizer, self.infobatch = model, optimizer, infobatch
         self.label_smoothing, self.phases = label_smoothing, phases
         self.forward = torch.compile(model, dynamic=False) if compile else model
@@ -100,7 +106,60 @@ class TrainStep:
             phases: of scoring and rescaling; not enabled where a CUDA graph is captured.
         """
         with self.autocast:
-            logits = self.forward(images)
+            logits = self._logits(images)
+        loss, losses = self._backward(logits, labels, batch, phases)
+
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = self.found_inf
+        if isinstance(optimizer, LayerWise):  # it marks them as it reads them for their norms
+            optimizer.finds_inf = True
+            optimizer.grad_scale = self.scale if self.scaling else None
+        else:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            nonfinite(gradients, self.found_inf, self.scale.reciprocal())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.keep_or_restore(self.found_inf)
+        if self.scaling:
+            torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
+        weight: float | Tensor = labels.numel()
+        if self.infobatch is not None:
+            with phases("update"):
+                self.infobatch.record(losses, batch, self.found_inf)
+                weight = batch.weights.sum(dtype=torch.float64)
+        self._count(loss, labels.numel(), weight)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            return self.forward(images)
+        except RuntimeError as error:  # at its first call
+            if self.forward is self.model or self._say is None:
+                raise
+            from torch._dynamo.exc import TorchDynamoException  # a second to import
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            self._say(f"WARNING: the network is not compiled: {reason(error)}")
+            self.forward = self.model
+            return self.forward(images)
+
+    def _backward(
+        self, logits: Tensor, labels: Tensor, batch: Batch, phases: Phases
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the loss times the scale; the loss () and the losses (B,), detached."""
+        kernels = triton_kernels(logits.device)
+        if kernels is not None and logits.shape[1] <= kernels.max_classes:
+            plain = self.infobatch is None
+            # One launch, or two where classes are many, in the place of a dozen.
+            loss, losses, gradient = kernels.cross_entropy_gradient(
+                logits,
+                labels,
+                torch.ones_like(batch.weights) if plain else batch.weights,
+                label_smoothing=self.label_smoothing,
+                scale=self.scale if self.scaling else None,
+            )
+            logits.backward(gradient)
+            return loss, losses
         losses = F.cross_entropy(
             logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
         )
@@ -110,27 +169,13 @@ class TrainStep:
             else:
                 loss = reference.rescaled_mean(losses, batch.weights)
         (loss * self.scale if self.scaling else loss).backward()
-
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        nonfinite(gradients, self.found_inf, self.scale.reciprocal())
-        self.optimizer.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.buffers.keep_or_restore(self.found_inf)
-        if self.scaling:
-            torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
-        if self.infobatch is not None:
-            with phases("update"):
-                self.infobatch.record(losses, batch, self.found_inf)
-        weights = None if self.infobatch is None else batch.weights
-        self._count(loss.detach(), labels.numel(), weights)
+        return loss.detach(), losses.detach()
 
     @torch.no_grad()
-    def _count(self, loss: Tensor, size: int, weights: Tensor | None) -> None:
+    def _count(self, loss: Tensor, size: int, weight: float | Tensor) -> None:
         skipped = self.found_inf.double()
         taken = 1 - skipped
         total = torch.where(skipped == 0, loss.double() * size, 0.0)
-        weight = size if weights is None else weights.sum(dtype=torch.float64)
         row = (self.counts[3] + 1) * skipped
         self.counts.copy_(
             torch.stack(

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -103,7 +104,9 @@ def host_syncs(device: torch.device, action: str) -> Iterator[HostSyncs]:
         except RuntimeError as error:
             if _SYNCHRONIZING not in str(error):
                 raise
-            raise HostSync("a host sync where none is allowed") from error
+            frames = traceback.extract_tb(error.__traceback__)
+            where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+            raise HostSync(f"a host sync where none is allowed, at {where}") from error
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -128,6 +131,11 @@ _READS = {  # item(), bool(), int(); and sizes that depend on values
     torch.ops.aten.masked_select.default,
     torch.ops.aten.bincount.default,
     torch.ops.aten._unique2.default,
+    torch.ops.aten.unique_dim.default,
+    torch.ops.aten.unique_consecutive.default,
+    torch.ops.aten.repeat_interleave.Tensor,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.allclose.default,
 }
 _INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
 
@@ -148,24 +156,19 @@ class TracedSyncs(NamedTuple):
     elsewhere: Counter[str]
 
 
-_CALLS = ("cuda_runtime", "cuda_driver")
 _MARKER = "infobatch_fast.trace_syncs"
 
-# Of the CUDA runtime and driver. cudaMemcpyAsync is none: where torch reads a value it is followed
-# by cudaStreamSynchronize.
-_WAITING = (
-    "cudaDeviceSynchronize",
-    "cudaStreamSynchronize",
-    "cudaEventSynchronize",
-    "cuCtxSynchronize",
-    "cuStreamSynchronize",
-    "cuEventSynchronize",
-)
+# Of the CUDA runtime; of the driver's own calls the profiler keeps launches and memory alone.
+# cudaMemcpyAsync is none: where torch reads a value it is followed by cudaStreamSynchronize.
+_WAITING = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 _WAITING_COPIES = ("cudaMemcpy", "cudaMemcpy2D", "cudaMemset", "cudaFree", "cudaMalloc")
 
 
 def trace_syncs(call: Callable[[], object]) -> TracedSyncs:
-    """Run a call under torch's profiler and find the host syncs of every library, DALI's included.
+    """Run a call under torch's profiler and find its host syncs, those of DALI included.
+
+    Seen are the calls of the CUDA runtime that wait by their nature, whoever makes them; not a copy
+    that waits because its memory is not pinned. Backward runs in the calling thread meanwhile.
 
     Args:
         call: run once; run it before, so that what only a first call does is not seen.
@@ -174,7 +177,10 @@ def trace_syncs(call: Callable[[], object]) -> TracedSyncs:
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        with torch.profiler.record_function(_MARKER):
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            torch.profiler.record_function(_MARKER),
+        ):
             call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -200,7 +206,7 @@ def syncs_in_trace(trace: dict[str, Any]) -> TracedSyncs:
     found = TracedSyncs(Counter(), Counter())
     for event in events:
         name = event["name"]
-        if event.get("cat") not in _CALLS or not begin <= event["ts"] <= end:
+        if event.get("cat") != "cuda_runtime" or not begin <= event["ts"] <= end:
             continue
         if name in _WAITING_COPIES or name.startswith(_WAITING):
             (found.here if event["tid"] == marker["tid"] else found.elsewhere)[name] += 1

@@ -25,6 +25,7 @@ from infobatch_fast.command import Interrupted, Interrupts, command, complain
 from infobatch_fast.config import Config
 from infobatch_fast.data import DataMissing, Dataset, default_data_dir, load_cifar, make_synthetic
 from infobatch_fast.errors import UserError, reason
+from infobatch_fast.graph import GraphStep, obstacle
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.loader import make_loader
 from infobatch_fast.models import make_model
@@ -95,6 +96,7 @@ def train(
         label_smoothing=settings.label_smoothing,
         compile=settings.compile,
         phases=Phases(device, enabled=settings.telemetry),
+        say=say,
     )
     loader, note = make_loader(
         settings.loader,
@@ -111,6 +113,13 @@ def train(
         say(line)
 
     phases, meter = step.phases, Nvml(device, enabled=settings.telemetry)
+    advance: TrainStep | GraphStep = step
+    if settings.graph:
+        why = obstacle(step)
+        if why is None:
+            advance = GraphStep(step, say)
+        else:
+            say(f"WARNING: no CUDA graph, every step runs eagerly: {why}")
     progress = Progress(step, folder / record.CHECKPOINT, settings, meter)
     plan, start = None, 0
     if saved is not None:
@@ -146,7 +155,7 @@ def train(
                 batches = phases.each("wait", loader.epoch(plan, start))
                 for number, (images, labels, batch) in enumerate(batches, start + 1):
                     with phases("step"):
-                        step(images, labels, batch, *_schedule(settings, epoch, number, steps))
+                        advance(images, labels, batch, *_schedule(settings, epoch, number, steps))
                     bar.update()
                     asked = settings.checkpoint_every and number % settings.checkpoint_every == 0
                     if asked or interrupts.received:

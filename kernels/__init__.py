@@ -1,1 +1,1 @@
-"""Device operations of InfoBatch, importable as `infobatch_fast.kernels`; they need torch and numpy."""
+"""Device operations of InfoBatch: `infobatch_fast.kernels`. They need torch, Triton and numpy."""

@@ -30,6 +30,27 @@ def test_the_preset_follows_the_device() -> None:
     assert config.parse(["--preset=quick"], cuda=True).preset == "quick"
 
 
+def test_a_gpu_compiles_and_captures_by_default() -> None:
+    def fused(*words: str, cuda: bool) -> tuple[bool, bool]:
+        settings = config.parse(words, cuda=cuda)
+        return settings.compile, settings.graph
+
+    assert fused(cuda=True) == (True, True)
+    assert fused("--no-graph", cuda=True) == (True, False)
+    assert fused("--no-compile", cuda=True) == (False, True)
+    assert fused("--preset", "quick", cuda=True) == (False, False)
+    assert fused("--preset", "paper", cuda=False) == (False, False)
+    assert fused("--preset", "paper", "--device", "cpu", cuda=True) == (False, False)
+
+
+def test_a_graph_settles_for_whole_batches_and_a_gpu() -> None:
+    settings = config.parse(["--preset", "quick", "--graph"], cuda=True)
+    assert config.settle(settings, "cifar10", "cuda").whole_batches
+    assert not config.settle(config.parse([], cuda=False), "cifar10", "cuda").whole_batches
+    with pytest.raises(UserError, match=r"^graph must be off on a CPU, got --graph$"):
+        config.settle(settings, "cifar10", "cpu")
+
+
 def test_any_flag_overrides_its_preset() -> None:
     quick = config.parse([], cuda=False)
     other = config.parse(["--epochs", "3", "--max-lr", "0.1"], cuda=False)

@@ -163,6 +163,9 @@ def test_lines(tmp_path) -> None:
     assert first["more"] == {"gb_per_s": None, "x": 2.0}
     assert first["absent"] is None
     assert first["quick"] is True
+    assert first["complete"] is second["complete"] is False
+    lines.finish()
+    assert [line["complete"] for line in measure.read_lines(path)] == [True, True]
     assert first["options"] == {"ratio": 0.5}
     assert first["source_hash"] == source_hash()
     assert first["device"]["type"] == "cpu"

@@ -128,17 +128,26 @@ def test_all_fields(fake: Fake) -> None:
 
 
 def test_mean_min_and_max(fake: Fake) -> None:
-    watts = iter([100_000, 400_000, 250_000])
     fake.answers["nvmlDeviceGetPowerUsage"] = lambda gpu: next(watts)
-    reasons = iter([0, 4, 0])
-    fake.answers["nvmlDeviceGetCurrentClocksEventReasons"] = lambda gpu: next(reasons)
+    watts_of_four = [100_000, 400_000, 250_000, 250_000]
+    watts = iter(watts_of_four)
+    reasons = iter([0, 4, None, 0x40])
+
+    def read_reasons(gpu: str) -> int:
+        now = next(reasons)
+        return fake.fail(3) if now is None else now
+
+    fake.answers["nvmlDeviceGetCurrentClocksEventReasons"] = read_reasons
+    fake.answers["nvmlDeviceGetCurrentClocksThrottleReasons"] = lambda gpu: fake.fail(3)
     with still() as meter:
-        meter._sample()
-        meter._sample()
+        for _ in range(3):
+            meter._sample()
         read = meter.read()
     assert read["power_watts"] == {"mean": 250, "min": 100, "max": 400}
-    assert read["throttle_share"] == {"sw_power_cap": pytest.approx(1 / 3)}
-    assert read["samples"] == 3
+    third = pytest.approx(1 / 3)  # of the samples that could be had
+    assert read["throttle_share"] == {"sw_power_cap": third, "hw_thermal": third}
+    assert read["missed"] == {"throttle_share": 1}
+    assert read["samples"] == 4
 
 
 def test_power_is_integrated_where_there_is_no_counter(fake: Fake, clock) -> None:
@@ -253,7 +262,7 @@ def test_a_mig_instance_is_sampled_as_one(fake: Fake) -> None:
 def test_a_split_card_is_not_taken_for_its_instance(fake: Fake, by_uuid: bool) -> None:
     if not by_uuid:
         fake.handles.clear()
-    fake.answers["nvmlDeviceGetMigMode"] = lambda gpu: [1, 1]
+    fake.answers["nvmlDeviceGetMigMode"] = lambda gpu: [1, 0]
     with still() as meter:
         pass
     assert "split by MIG" in meter.read()["absent"]["all"]
@@ -318,6 +327,7 @@ def test_a_driver_that_hangs_does_not_hold_the_run(fake: Fake, monkeypatch) -> N
     read = meter.read()
     release.set()
     assert read["absent"]["all"] == "the driver does not answer"
+    assert meter.joules() is None
     assert "nvmlShutdown" not in fake.calls  # under a query that is still out
 
 

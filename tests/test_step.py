@@ -218,6 +218,27 @@ def test_compiled_step_learns_the_same() -> None:
     assert compiled.read_counts().loss == pytest.approx(plain.read_counts().loss, rel=1e-3)
 
 
+def test_a_compiler_that_fails_is_told_and_nothing_is_lost(monkeypatch) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    def broken(model: nn.Module, dynamic: bool):
+        def forward(images: Tensor) -> Tensor:
+            raise TorchDynamoException("no compiler\n was found")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said: list[str] = []
+    plain, compiled = make_step(), make_step(compile=True, say=said.append)
+    for seed in range(2):
+        plain(*make_batch(seed), 0.05, 0.9)
+        compiled(*make_batch(seed), 0.05, 0.9)
+    assert said == ["WARNING: the network is not compiled: no compiler was found"]
+    assert_same(everything(plain), everything(compiled))
+    with pytest.raises(RuntimeError, match=r"^no compiler"):
+        make_step(compile=True)(*make_batch(0), 0.05, 0.9)
+
+
 def test_a_model_without_buffers() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
     step = TrainStep(

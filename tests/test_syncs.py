@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from infobatch_fast import train
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.loader import make_loader
 from infobatch_fast.models import make_model
@@ -24,6 +25,12 @@ READS = {
     "mask": lambda x: x[x > 0],
     "mask_put": lambda x: x.clone().__setitem__(x > 0, x[:3]),
     "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.bincount(),
+    "equal": lambda x: x.equal(x),
+    "allclose": lambda x: x.allclose(x),
+    "repeat": lambda x: x.repeat_interleave(x),
+    "unique_dim": lambda x: x.unique(dim=0),
+    "unique_consecutive": lambda x: x.unique_consecutive(),
     "masked_select": lambda x: x.masked_select(x > 0),
 }
 
@@ -111,7 +118,7 @@ def test_debug_mode_is_counted_and_put_back(monkeypatch) -> None:
 def test_debug_mode_forbids_and_is_put_back(monkeypatch) -> None:
     cuda = FakeCuda(monkeypatch)
     with (
-        pytest.raises(HostSync, match=r"^a host sync where none is allowed$"),
+        pytest.raises(HostSync, match=r"^a host sync where none is allowed, at test_syncs.py:\d+$"),
         host_syncs(torch.device("cuda"), "forbid"),
     ):
         cuda.sync()
@@ -136,11 +143,16 @@ def test_syncs_in_a_trace() -> None:
         event("cudaStreamSynchronize", 102),
         event("cudaEventSynchronize", 103),
         event("cudaMemcpy", 104),
-        event("cuStreamSynchronize", 105, cat="cuda_driver"),
+        event("cudaFree", 105),
+        event("cudaMalloc", 106),
+        event("cudaMemset", 107),
+        event("cudaStreamSynchronize", 108, cat="cuda_driver"),
         event("cudaMemcpyAsync", 110),  # these do not wait
         event("cudaLaunchKernel", 111),
         event("cudaStreamWaitEvent", 112),
         event("cudaMallocAsync", 113),
+        event("cudaMemsetAsync", 114),
+        event("mycudaStreamSynchronize", 115),
         event("cudaDeviceSynchronize", 120, tid=8),
         event("cudaDeviceSynchronize", 121, cat="kernel"),  # no call of the host's
         event("cudaDeviceSynchronize", 122, ph="i"),
@@ -154,7 +166,9 @@ def test_syncs_in_a_trace() -> None:
         "cudaStreamSynchronize": 2,
         "cudaEventSynchronize": 1,
         "cudaMemcpy": 1,
-        "cuStreamSynchronize": 1,
+        "cudaFree": 1,
+        "cudaMalloc": 1,
+        "cudaMemset": 1,
     }
     assert found.elsewhere == {"cudaDeviceSynchronize": 1}
     events.remove(marker)
@@ -176,6 +190,14 @@ def test_a_trace_sees_a_sync_on_cuda() -> None:
     assert trace_syncs(lambda: x + 1).here == {}
     found = trace_syncs(lambda: (x.sum().item(), x.sum().item()))
     assert found.here["cudaStreamSynchronize"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dali", "torch"])
+def test_a_run_forbids_host_syncs_from_its_first_step_on_cuda(kind: str, tmp_path) -> None:
+    words = "--device cuda --preset paper --dataset synthetic --synthetic-samples 2000 --epochs 3"
+    words += f" --no-compile --host-syncs forbid --loader {kind} --out {tmp_path / 'run'}"
+    assert train.main(words.split()) == 0
 
 
 @pytest.mark.gpu
