@@ -22,26 +22,29 @@ Dimensions: N samples, K kept in an epoch, B batch.
 """
 
 import signal
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    # What is measured is the checkout that this file lies in, not an installed copy.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import sys
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
 from overhead_parts import Bench, measure_alone, measure_epoch, measure_steps, measure_telemetry
-from overhead_report import plot, tables
-from overhead_sides import Setting, Steps, lack_of_memory, sure_to_keep
+from overhead_report import cautions, draw, tables
+from overhead_sides import Setting, Steps, lack_of_memory, least_size, sure_to_keep
 from tqdm import tqdm
 
 from infobatch_fast import record
-from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.command import Interrupted, Say, command, is_out_of_memory, parse
 from infobatch_fast.errors import UserError, unknown_name
 from infobatch_fast.measure import Lines
@@ -93,11 +96,17 @@ class Options:
             raise UserError(f"seed must be in [0, 2**63), got {self.seed}")
         if self.sizes and min(self.sizes) < 1:
             raise UserError(f"sizes must be at least 1, got {min(self.sizes)}")
-        most = sure_to_keep(min(self.sizes, default=50_000), self.ratio)
-        if self.batch_size > most:
+        most = sure_to_keep(50_000, self.ratio)
+        if not self.sizes and self.batch_size > most:
             raise UserError(
                 f"batch_size must be at most {most}, the samples that an epoch of the smallest "
                 f"size is sure to keep, got {self.batch_size}"
+            )
+        least = least_size(self.batch_size, self.ratio)
+        if self.sizes and min(self.sizes) < least:
+            raise UserError(
+                f"sizes must be at least {least} with batch_size {self.batch_size} and ratio "
+                f"{self.ratio}, for a whole batch in every epoch, got {min(self.sizes)}"
             )
 
     def settle(self, cuda: bool) -> Setting:
@@ -122,6 +131,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
         Interrupted, UserError: as they say.
     """
     options = parse(Options, arguments, "python bench/overhead.py", Options())
+    load = os.getloadavg()[0]  # of others: our own work begins below
     device = find_device(options.device)
     setting = options.settle(device.type == "cuda")
     for side in ("device", "none"):
@@ -133,27 +143,33 @@ def run(arguments: Sequence[str], say: Say) -> None:
     record.make_folder(folder)
     record.check_empty(folder)
     asked = {**asdict(options), **asdict(setting)}
+    asked |= {"load_average": load, "cores": os.cpu_count() or 1}
     del asked["out"]
     lines = Lines(folder / "overhead.jsonl", "overhead", device, asked, quick=options.quick)
     name = _device_name(device)
     say(f"{'device':10} {name}: all figures are of it")
+    warnings = [f"WARNING: {caution}" for caution in cautions(asked, options.quick)]
+    for warning in warnings:
+        say(warning)
+    plot = folder / "overhead.png"
     bare = {"disable": not sys.stdout.isatty(), "file": sys.stdout, "leave": False}
-    with tqdm(**bare, bar_format="{l_bar}{bar}| {elapsed}") as bar:
-        bench = Bench(setting, device, lines, say, bar)
-        try:
+    try:
+        with tqdm(**bare, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+            bench = Bench(setting, device, lines, say, bar)
             measure_alone(bench)
             _measure_whole(bench)
-        except Interrupted:
-            say(f"{'stopped':10} {len(lines.lines)} rows are kept in {lines.path}")
-            raise
-    for line in tables(lines.lines):
+        lines.finish()
+        for line in tables(lines.lines):
+            say(line)
+        drawn = draw(lines.lines, name, plot)
+    except Interrupted as stop:
+        with suppress(Interrupted, UserError):  # of a second signal, of a full disk
+            draw(lines.lines, name, plot)
+        kept = f"{len(lines.lines)} rows are kept in {lines.path}"
+        raise Interrupted(stop.number, f"stopped; {kept}") from None
+    for line in ["", *warnings, f"All figures but the reported ones are of {name}."]:
         say(line)
-    write_atomically(folder / "overhead.png", plot(lines.lines, name, options.quick))
-    say("")
-    if options.quick:
-        say("These are --quick figures: too short to quote.")
-    say(f"All figures but the reported ones are of {name}.")
-    say(f"They are in {lines.path} and {folder / 'overhead.png'}")
+    say(f"They are in {lines.path}" + (f" and {plot}" if drawn else ""))
 
 
 def _measure_whole(bench: Bench) -> None:

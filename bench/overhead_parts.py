@@ -20,6 +20,8 @@ from infobatch_fast.measure import Lines
 from infobatch_fast.tables import seconds
 from infobatch_fast.telemetry import Nvml, Phases, host_syncs
 
+# Its sign may be another than that of the medians' difference.
+PAIRED = "median of paired differences"
 SWEEP = 2**27  # bytes, above the last cache of most CPUs and GPUs
 
 Timer = Callable[[Callable[[], object], torch.device], float]
@@ -134,7 +136,9 @@ def _measure_calls(
 
 def _medians(lines: Lines, count: int) -> str:
     rows = [line for line in lines.lines[-count:] if line["absent"] is None]
-    return ", ".join(f"{row['case']['side']} {seconds(row['median'])}" for row in rows) or "none"
+    words = {"difference": PAIRED}
+    sides = [(words.get(row["case"]["side"], row["case"]["side"]), row["median"]) for row in rows]
+    return ", ".join(f"{side} {seconds(median)}" for side, median in sides) or "none"
 
 
 def _host_rows(

@@ -3,12 +3,14 @@
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from overhead_parts import find
+from overhead_parts import PAIRED, find
 from overhead_sides import SIDES
 
+from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.tables import figures, markdown, seconds
 
 # One A100, CIFAR-10, ResNet-50, r = 0.5, 200 epochs (arXiv:2303.04947): s of overhead an epoch, and
@@ -23,6 +25,21 @@ COLOURS = {  # Okabe and Ito's, with a marker and a line each
     "none": ("#009E73", "^", ":"),
     "original": ("#D55E00", "D", "-."),
 }
+
+
+def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
+    """What a reader of the figures must know.
+
+    Args:
+        options: of a line.
+        quick: the same.
+    """
+    said = ["--quick figures, too short to quote"] if quick else []
+    load, cores = options["load_average"], options["cores"]
+    if load > cores / 2:
+        busy = f"load average {figures(load)} of {cores} cores"
+        said.append(f"the machine is busy: {busy}: times are high")
+    return said
 
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -74,18 +91,25 @@ def _step_table(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     more = gap["more"]
     interval = f"{seconds(more['low_seconds'])} to {seconds(more['high_seconds'])} (95%)"
-    measured.append(["difference", seconds(gap["median"]), interval, str(gap["count"])])
+    measured.append([PAIRED, seconds(gap["median"]), interval, str(gap["count"])])
     for clock in ("wall", "device"):
         if f"update_{clock}_seconds" in more:
             added = more[f"update_{clock}_seconds"]
-            inside = "inside" if more[f"update_{clock}_inside"] else "NOT inside"
-            wide = figures((more["high_seconds"] - more["low_seconds"]) / abs(added))
-            where = f"{inside} that, {wide} times as wide"
+            inside = more[f"update_{clock}_inside"]
+            where = _place(added, inside, more["low_seconds"], more["high_seconds"])
             name = f"update less plain mean, alone ({clock})"
             measured.append([name, seconds(added), where, ""])
     case = gap["case"]
     title = f"A whole step: {case['model']}, amp {case['amp']}, batch {case['batch_size']}"
     return ["", f"## {title}", "", *markdown(["step", "median", "range", "count"], measured)]
+
+
+def _place(value: float, inside: bool, low: float, high: float) -> str:
+    if not inside:
+        return "NOT inside the interval"
+    wide = f", which is {figures((high - low) / abs(value))} times as wide as it" if value else ""
+    # An interval that holds nothing as well is no evidence that the value is right.
+    return f"inside the interval{wide}" + (": too wide to tell" if low <= 0 <= high else "")
 
 
 def _ends(row: Mapping[str, Any], low: str, high: str) -> str:
@@ -147,18 +171,37 @@ def _telemetry_table(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [
         ["on", seconds(on["median"]), _ends(on, "p20", "p80")],
         ["off", seconds(off["median"]), _ends(off, "p20", "p80")],
-        ["difference", f"{figures(median)}%", f"{figures(low)}% to {figures(high)}% (95%)"],
+        [PAIRED, f"{figures(median)}%", f"{figures(low)}% to {figures(high)}% (95%)"],
         [f"below {CLAIM:g}% of a step", claim, ""],
     ]
     title = f"Telemetry: a step in groups of {on['more']['group_steps']}, {gap['count']} each"
     return ["", f"## {title}", "", *markdown(["telemetry", "median", "range"], rows)]
 
 
-def plot(lines: Sequence[Mapping[str, Any]], device: str, quick: bool) -> bytes:
-    """A PNG: the cost of choosing against N, and the overhead as a share of an epoch."""
+def draw(lines: Sequence[Mapping[str, Any]], device: str, path: Path) -> bool:
+    """Draw the cost of choosing against N, and the overhead as a share of an epoch, as a PNG.
+
+    Args:
+        lines: of the benchmark, all or those before it was stopped.
+        device: in words.
+        path: of the PNG.
+
+    Returns:
+        Whether there was a row to draw.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if not find(lines, "choose", clock="wall"):  # the first that is measured
+        return False
     figure = Figure(figsize=(12, 5.4), dpi=110, layout="constrained")
-    note = " (--quick: too short to quote)" if quick else ""
-    figure.suptitle("\n".join(textwrap.wrap(f"Pruning overhead on {device}{note}", 100)))
+    notes = cautions(lines[0]["options"], lines[0]["quick"])
+    if not lines[0]["complete"]:
+        notes.append("stopped midway")
+    title = f"Pruning overhead on {device}"
+    figure.suptitle(
+        "\n".join(part for text in (title, *notes) for part in textwrap.wrap(text, 100))
+    )
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
 
     for side, (colour, marker, style) in COLOURS.items():
@@ -197,8 +240,9 @@ def plot(lines: Sequence[Mapping[str, Any]], device: str, quick: bool) -> bytes:
     right.invert_yaxis()
     right.set(xlabel="choose and updates, % of a full epoch's steps on the same device")
     some = find(lines, "epoch")
-    size = f" at N = {some['case']['samples']:,}" if some else ""
-    right.set_title(f"Overhead of a pruned epoch{size}")
+    size = f"at N = {some['case']['samples']:,}" if some else "(here: not measured)"
+    right.set_title(f"Overhead of a pruned epoch {size}")
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    return content.getvalue()
+    write_atomically(path, content.getvalue())
+    return True

@@ -246,6 +246,14 @@ def sure_to_keep(samples: int, ratio: float) -> int:
     return math.floor((1 - ratio) * samples)
 
 
+def least_size(batch_size: int, ratio: float) -> int:
+    """The least N of which every epoch has a whole batch."""
+    size = math.floor(batch_size / (1 - ratio))
+    while sure_to_keep(size, ratio) < batch_size:  # rounding
+        size += 1
+    return size
+
+
 def draw_scores(samples: int, seed: int) -> Floats:
     """Scores (N,) as losses lie in the middle of a training: log-normal, 69% below their mean."""
     random = torch.Generator().manual_seed(seed)

@@ -7,16 +7,19 @@ same run.
 """
 
 import signal
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+    # What is measured is the checkout that this file lies in, not an installed copy.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import os
-import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import throughput_report
@@ -28,7 +31,7 @@ from training_forms import FORMS
 from training_rows import run_training
 
 from infobatch_fast import command, measure, record
-from infobatch_fast.command import Say
+from infobatch_fast.command import Interrupted, Say
 from infobatch_fast.data import (
     DataMissing,
     Dataset,
@@ -42,8 +45,7 @@ from infobatch_fast.train import find_device
 
 DEVICES = ("auto", "cuda", "cpu")
 CPU_MODELS = ("small", "r18")  # by default
-CPU_FORMS = {"small": ("eager", "channels_last", "amp")}
-QUICK = "a --quick run: too short to quote"
+CPU_FORMS = {"small": ("eager", "channels_last", "amp", "graph")}  # the last: why it is absent
 OUT_OF_MEMORY = "lower --samples or --batch-sizes, or take smaller --models"
 
 
@@ -68,7 +70,8 @@ class Options:
         batch_sizes: of the loaders, default 128 200 512 1024; with no number, no loaders.
         models: networks, default small and r18, on a GPU r50 too; with no name, no training.
         forms: of training, each adding to the one before; default all on a GPU, on a CPU eager
-            and for the small network channels_last and amp too.
+            and for the small network channels_last and amp too; compiled and graph, which needs
+            CUDA, include amp.
         samples: images of a loader's pass; default all on a GPU, 8192 on a CPU.
         workers: processes of the loaders that have any; default one a core.
         ratio: of the pruned epochs, in (0, 1).
@@ -180,7 +183,8 @@ def load_data(seed: int, say: Say) -> Dataset:
     try:
         return load_cifar("cifar10", default_data_dir(), download=False)
     except DataMissing:
-        say("data       no CIFAR-10 here (INFOBATCH_DATA names its folder): synthetic images")
+        if not os.environ.get("INFOBATCH_DATA"):
+            say("data       no CIFAR-10 here (INFOBATCH_DATA names its folder): synthetic images")
         return make_synthetic(seed=seed)
 
 
@@ -188,9 +192,11 @@ def run(arguments: Sequence[str], say: Say) -> None:
     """The command line.
 
     Raises:
+        Interrupted: by a signal.
         UserError: a flag is wrong, or the folder cannot be written.
     """
     options = command.parse(Options, arguments, "python bench/throughput.py", Options())
+    load = os.getloadavg()[0]  # of others: our own work begins below
     device = find_device(options.device)
     cuda = device.type == "cuda"
     data = load_data(options.seed, say)
@@ -201,7 +207,8 @@ def run(arguments: Sequence[str], say: Say) -> None:
     record.make_folder(folder)
     record.check_empty(folder)
     recorded = {"ratio": options.ratio, "seed": options.seed, **asdict(scope)}
-    recorded |= {"data": data.name, "source": data.source, "load_average": os.getloadavg()[0]}
+    recorded |= {"data": data.name, "source": data.source}
+    recorded |= {"load_average": load, "cores": os.cpu_count() or 1}
     path = folder / "throughput.jsonl"
     lines = measure.Lines(path, "throughput", device, recorded, quick=options.quick)
 
@@ -211,23 +218,37 @@ def run(arguments: Sequence[str], say: Say) -> None:
         f"data       {data.name} ({data.source}): {len(data.labels):,} images; a loader's pass: "
         f"{scope.samples:,} of them, {MOST_WITHOUT_WORKERS:,} at most without workers"
     )
-    if options.quick:
-        say(f"WARNING: {QUICK}")
-    if (load := os.getloadavg()[0]) > 0.5:
-        say(f"WARNING: the machine is busy: load average {load:.1f} of {_cores()} cores")
-    measuring = Run(data, device, lines, say, options.quick, options.seed)
-    used = [FORMS[form].dtype for names in scope.forms.values() for form in names]
-    torch.backends.cudnn.benchmark = True  # as the trainer has it
-    limits = measure_limits(measuring, list(dict.fromkeys([torch.float32, *used])))
-    run_loaders(measuring, limits, scope.batch_sizes, scope.samples, scope.workers)
-    batch_sizes = {model: train_batch_size(model, cuda=cuda) for model in scope.forms}
-    run_training(measuring, limits, scope.forms, options.ratio, batch_sizes)
-
-    drawn = throughput_report.draw(lines.lines, folder / "throughput.png")
-    for line in throughput_report.summary(lines.lines):
+    cautions = throughput_report.cautions(recorded, options.quick)
+    if data.source != "genuine" and os.environ.get("INFOBATCH_DATA"):
+        cautions.append("SYNTHETIC images, as there is no CIFAR-10 in $INFOBATCH_DATA")
+    warnings = [f"WARNING: {caution}" for caution in cautions]
+    for warning in warnings:
+        say(warning)
+    plot = folder / "throughput.png"
+    try:
+        _measure(Run(data, device, lines, say, options.quick, options.seed), scope, options.ratio)
+        lines.finish()
+        drawn = throughput_report.draw(lines.lines, plot)
+        for line in throughput_report.summary(lines.lines):
+            say(line)
+    except Interrupted as stop:
+        with suppress(Interrupted, UserError):  # of a second signal, of a full disk
+            throughput_report.draw(lines.lines, plot)
+        kept = f"{len(lines.lines)} rows are kept in {path}"
+        raise Interrupted(stop.number, f"stopped; {kept}") from None
+    for line in [*warnings, f"These are figures of {where}"]:
         say(line)
-    say(f"These are figures of {where}" + (f"; {QUICK}" if options.quick else ""))
     say(f"written    {folder}: throughput.jsonl" + (", throughput.png" if drawn else ""))
+
+
+def _measure(run: Run, scope: Scope, ratio: float) -> None:
+    cuda = run.device.type == "cuda"
+    torch.backends.cudnn.benchmark = True  # as the trainer has it
+    used = [FORMS[form].dtype for names in scope.forms.values() for form in names]
+    limits = measure_limits(run, list(dict.fromkeys([torch.float32, *used])))
+    run_loaders(run, limits, scope.batch_sizes, scope.samples, scope.workers)
+    batch_sizes = {model: train_batch_size(model, cuda=cuda) for model in scope.forms}
+    run_training(run, limits, scope.forms, ratio, batch_sizes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

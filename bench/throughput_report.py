@@ -13,11 +13,34 @@ from training_rows import epoch_name
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.tables import figures, markdown
 
-# Okabe and Ito's, which colour-blind readers tell apart; hatches serve those without any colour.
-BARS = (("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"))
-ALONE, LOADER, DATASET = ("D", "#000000"), ("^", "#D55E00"), ("*", "#56B4E9")
+# Okabe and Ito's, which colour-blind readers tell apart; markers serve those without any colour.
+SIZES = (
+    ("#0072B2", "o"),
+    ("#E69F00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#D55E00", "v"),
+    ("#56B4E9", "P"),
+)
+FULL, PRUNED = ("#0072B2", "o"), ("#E69F00", "s")
+ALONE, LOADER, DATASET = ("#000000", "D"), ("#D55E00", "^"), ("#56B4E9", "*")
 
 Line = Mapping[str, Any]
+
+
+def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
+    """What a reader of the figures must know.
+
+    Args:
+        options: of a line.
+        quick: the same.
+    """
+    said = ["a --quick run: too short to quote"] if quick else []
+    load, cores = options["load_average"], options["cores"]
+    if load > cores / 2:
+        busy = f"load average {figures(load)} of {cores} cores"
+        said.append(f"the machine is busy: {busy}: figures are low")
+    return said
 
 
 def summary(lines: Sequence[Line]) -> list[str]:
@@ -54,6 +77,7 @@ def training_table(lines: Sequence[Line]) -> list[str]:
                 [
                     f"{case['model']}, batch {case['batch_size']}, {case['form']}",
                     epoch_name(case["ratio"]),
+                    more["compute_limit"],
                     f"{figures(more['resident_images/s'])} "
                     f"({figures(more['resident_compute_limit_percent'])}%)",
                     f"{figures(line['median'])} ({figures(more['compute_limit_percent'])}%)",
@@ -62,8 +86,9 @@ def training_table(lines: Sequence[Line]) -> list[str]:
                     f"{figures(more['dataset_images/s'])}",
                 ]
             )
-    headers = ["images/s (% of the limit)", "epoch", "network alone", "fed", "loader alone"]
-    return markdown([*headers, "of the data set"], table, left=2)
+    headers = ["images/s (% of its limit)", "epoch", "limit", "network alone", "fed"]
+    headers += ["loader alone (% of copy)", "of the data set"]
+    return markdown(headers, table, left=3)
 
 
 def absent_lines(lines: Sequence[Line]) -> list[str]:
@@ -93,7 +118,7 @@ def draw(lines: Sequence[Line], path: Path) -> bool:
     training = [line for line in rows if line["part"] == "training"]
     sizes = sorted({line["case"]["batch_size"] for line in loaders})
     sides = list(dict.fromkeys(line["case"]["side"] for line in loaders))
-    heights = [1.6 + 0.2 * len(sides) * max(2, len(sizes)), 2.0 + 0.34 * len(training)]
+    heights = [1.6 + 0.19 * len(sides) * max(2, len(sizes)), 2.0 + 0.34 * len(training)]
     panels = [panel for panel in (0, 1) if (loaders, training)[panel]]
     if not panels:
         return False
@@ -107,10 +132,11 @@ def draw(lines: Sequence[Line], path: Path) -> bool:
             _training(axis, training)
     device, options = rows[0]["device"], rows[0]["options"]
     title = f"Images per second on {device['name']} ({device['type']})"
-    about = f"data: {options['data']} ({options['source']})"
-    if rows[0]["quick"]:
-        about += "; a --quick run, too short to quote"
-    figure.suptitle(f"{title}\n{about}", fontsize=11)
+    about = [f"data: {options['data']} ({options['source']})"]
+    if not rows[0]["complete"]:
+        about.append("stopped midway")
+    notes = ["; ".join(about), *cautions(options, rows[0]["quick"])]
+    figure.suptitle("\n".join([title, *notes]), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     write_atomically(path, buffer.getvalue())
@@ -118,33 +144,46 @@ def draw(lines: Sequence[Line], path: Path) -> bool:
 
 
 def _loaders(axis: Axes, rows: Sequence[Line], sides: Sequence[str], sizes: Sequence[int]) -> None:
-    thick = 0.8 / len(sizes)
+    apart = 0.8 / len(sizes)
     for number, size in enumerate(sizes):
-        colour, hatch = BARS[number % len(BARS)]
-        shade = 1 - 0.4 * (number // len(BARS))
         mine = [row for row in rows if row["case"]["batch_size"] == size]
-        at = [sides.index(row["case"]["side"]) - 0.4 + (number + 0.5) * thick for row in mine]
-        medians = [row["median"] for row in mine]
-        ends = [
-            [row["median"] - row["p20"] for row in mine],
-            [row["p80"] - row["median"] for row in mine],
-        ]
-        bars = axis.barh(
-            at,
-            medians,
-            thick * 0.92,
-            xerr=ends,
-            color=colour,
-            hatch=hatch,
-            alpha=shade,
-            edgecolor="white",
-            ecolor="#444444",
-            label=f"batch {size}",
-        )
-        axis.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=4, fontsize=8)
+        at = [sides.index(row["case"]["side"]) - 0.4 + (number + 0.5) * apart for row in mine]
+        _points(axis, mine, at, *SIZES[number % len(SIZES)], f"batch {size}")
+        for row, height in zip(mine, at, strict=True):
+            axis.annotate(
+                f"{row['median']:,.0f}",
+                (row["p80"], height),
+                xytext=(7, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+                fontsize=8,
+            )
+    for number in range(1, len(sides)):
+        axis.axhline(number - 0.5, color="#DDDDDD", linewidth=0.8)
     axis.set_yticks(range(len(sides)), sides)
     title = "Loaders: median of whole passes, with the 20th to 80th percentile"
-    _finish(axis, title, [row["median"] for row in rows], columns=min(len(sizes), 5))
+    ends = [row[key] for row in rows for key in ("p20", "p80")]
+    _finish(axis, title, ends, columns=min(len(sizes), 5))
+
+
+def _points(
+    axis: Axes, rows: Sequence[Line], at: Sequence[float], colour: str, marker: str, label: str
+) -> None:
+    """The medians with their percentiles as error bars, each at its height."""
+    axis.errorbar(
+        [row["median"] for row in rows],
+        at,
+        xerr=[
+            [row["median"] - row["p20"] for row in rows],
+            [row["p80"] - row["median"] for row in rows],
+        ],
+        color=colour,
+        marker=marker,
+        markersize=6,
+        linestyle="none",
+        capsize=2.5,
+        label=label,
+    )
 
 
 def _training(axis: Axes, rows: Sequence[Line]) -> None:
@@ -155,13 +194,8 @@ def _training(axis: Axes, rows: Sequence[Line]) -> None:
             f"{case['model']}, batch {case['batch_size']}, {case['form']}, "
             f"{epoch_name(case['ratio'])}"
         )
-    for pruned, label in ((False, "fed, full data"), (True, "fed, pruned epochs")):
-        at = [i for i, row in enumerate(rows) if bool(row["case"]["ratio"]) == pruned]
-        colour, hatch = BARS[pruned]
-        medians = [rows[i]["median"] for i in at]
-        axis.barh(at, medians, 0.7, color=colour, hatch=hatch, edgecolor="white", label=label)
-    values = [row["median"] for row in rows]
-    for key, (marker, colour), label in (
+    values = [row[key] for row in rows for key in ("p20", "p80")]
+    for key, (colour, marker), label in (
         ("resident_images/s", ALONE, "network alone"),
         ("dataset_images/s", DATASET, "of the data set, over a pruned epoch's time"),
         ("loader_images/s", LOADER, "loader alone"),
@@ -169,26 +203,29 @@ def _training(axis: Axes, rows: Sequence[Line]) -> None:
         at = [i for i, row in enumerate(rows) if row["case"]["ratio"] or key != "dataset_images/s"]
         rates = [rows[i]["more"][key] for i in at]
         values += rates
-        axis.scatter(
-            rates,
-            at,
-            marker=marker,
-            s=110 if marker == "*" else 48,
-            facecolor=colour,
-            edgecolor="white",
-            linewidth=0.6,
-            label=label,
-            zorder=3,
-        )
+        size = 110 if marker == "*" else 48
+        axis.scatter(rates, at, s=size, color=colour, marker=marker, edgecolor="white", label=label)
+    for pruned, style, label in (
+        (False, FULL, "fed, full data"),
+        (True, PRUNED, "fed, pruned epochs"),
+    ):
+        at = [i for i, row in enumerate(rows) if bool(row["case"]["ratio"]) == pruned]
+        _points(axis, [rows[i] for i in at], at, *style, label)
+    beside = axis.get_yaxis_transform()
+    axis.text(1.01, 1.01, "fed", transform=axis.transAxes, fontsize=8)
+    for number, row in enumerate(rows):
+        fed = f"{row['median']:,.0f}"
+        axis.text(1.01, number, fed, transform=beside, verticalalignment="center", fontsize=8)
     axis.set_yticks(range(len(rows)), names)
-    _finish(axis, "Training, fed by our loader", values, columns=3)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    title = "Training, fed by our loader: median, with the 20th to 80th percentile"
+    _finish(axis, title, values, columns=3)
 
 
 def _finish(axis: Axes, title: str, values: Sequence[float], columns: int) -> None:
     axis.invert_yaxis()
     axis.set_xscale("log")
-    least = 10 ** math.floor(math.log10(min(values)))
-    axis.set_xlim(least, max(values) * 3)  # room for the figures at the bars' ends
+    axis.set_xlim(min(values) / 1.4, max(values) * 1.8)  # room for the figures beside the points
     axis.set_xlabel("images/s (logarithmic)")
     axis.grid(axis="x", which="major", alpha=0.3)
     axis.set_axisbelow(True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import loader_sides
 import torch
@@ -19,6 +20,18 @@ from infobatch_fast.data import Dataset
 from infobatch_fast.errors import reason
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.tables import figures
+
+
+class Limit(NamedTuple):
+    """What the device can do.
+
+    Attributes:
+        what: "copy" or, with its dtype, "matrix product" or "convolution".
+        rate: bytes/s of a copy, else FLOP/s.
+    """
+
+    what: str
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -90,17 +103,17 @@ def progress(what: str) -> Iterator[Callable[[float], None]]:
         yield done
 
 
-def measure_limits(run: Run, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
+def measure_limits(run: Run, dtypes: Sequence[torch.dtype]) -> dict[str, Limit]:
     """Rows of part "limits": what the device can do.
 
     Arithmetic has two: on some processors torch's convolutions come from a better library than its
     matrix product. On a GPU float32 runs in TF32, as torch's float32 convolutions do by default.
 
     Returns:
-        bytes/s under "copy"; under the name of each dtype FLOP/s, the higher of the two.
+        Under "copy" that of copying; under the name of each dtype the higher of the two.
     """
     seconds = 0.3 if run.quick else 1.0
-    found: dict[str, float] = {}
+    found: dict[str, Limit] = {}
     for dtype in dtypes:
         before = torch.get_float32_matmul_precision()
         if run.device.type == "cuda":
@@ -110,13 +123,14 @@ def measure_limits(run: Run, dtypes: Sequence[torch.dtype]) -> dict[str, float]:
         finally:
             torch.set_float32_matmul_precision(before)
         if not found:
-            found["copy"] = most["copy_bytes_per_second"]
-            _limit_row(run, "copy", found["copy"], "B/s")
-        product = most["matmul_flops_per_second"]
-        convolution = _convolution_rate(run.device, dtype, seconds)
-        _limit_row(run, f"{dtype_name(dtype)} matrix product", product, "FLOP/s")
-        _limit_row(run, f"{dtype_name(dtype)} convolution", convolution, "FLOP/s")
-        found[dtype_name(dtype)] = max(product, convolution)
+            found["copy"] = Limit("copy", most["copy_bytes_per_second"])
+            _limit_row(run, found["copy"], "B/s")
+        name = dtype_name(dtype)
+        product = Limit(f"{name} matrix product", most["matmul_flops_per_second"])
+        convolution = Limit(f"{name} convolution", _convolution_rate(run.device, dtype, seconds))
+        for limit in (product, convolution):
+            _limit_row(run, limit, "FLOP/s")
+        found[name] = max(product, convolution, key=lambda limit: limit.rate)
     return found
 
 
@@ -134,10 +148,10 @@ def _convolution_rate(device: torch.device, dtype: torch.dtype, seconds: float) 
     return 2 * images * side**2 * channels**2 * 9 / min(took["convolution"])
 
 
-def _limit_row(run: Run, what: str, rate: float, unit: str) -> None:
+def _limit_row(run: Run, limit: Limit, unit: str) -> None:
     more = {"statistic": "best of the repetitions"}
-    run.lines.add("limits", {"limit": what}, unit, measure.spread([rate]), more)
-    run.say(f"limit      {what}: {figures(rate / 1e9)} G{unit}")
+    run.lines.add("limits", {"limit": limit.what}, unit, measure.spread([limit.rate]), more)
+    run.say(f"limit      {limit.what}: {figures(limit.rate / 1e9)} G{unit}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -145,9 +159,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def percent(rate: float, limit: float) -> float:
-    """The share of a limit, in %."""
-    return 100 * rate / limit
+def percent(part: float, whole: float) -> float:
+    """The share of a limit, or of anything, in %."""
+    return 100 * part / whole
 
 
 def in_words(rate: Mapping[str, float]) -> str:
@@ -157,7 +171,7 @@ def in_words(rate: Mapping[str, float]) -> str:
 
 
 def run_loaders(
-    run: Run, limits: Mapping[str, float], sizes: Sequence[int], samples: int, workers: int
+    run: Run, limits: Mapping[str, Limit], sizes: Sequence[int], samples: int, workers: int
 ) -> None:
     """Rows of part "loaders": each side at each batch size.
 
@@ -183,7 +197,7 @@ def run_loaders(
             )
 
 
-def _loaders_at(run: Run, copy: float, setting: Setting) -> None:
+def _loaders_at(run: Run, copy: Limit, setting: Setting) -> None:
     sides: dict[str, Side] = {}
     absent: dict[str, str] = {}
     makers = make_sides(setting.workers)
@@ -209,7 +223,7 @@ def _loaders_at(run: Run, copy: float, setting: Setting) -> None:
             continue
         side = sides[name]
         rate = measure.rates(values[name], len(side.plan))
-        share = percent(rate["median"] * IMAGE_BYTES, copy)
+        share = percent(rate["median"] * IMAGE_BYTES, copy.rate)
         more = {
             "copy_limit_percent": share,
             "image_bytes": IMAGE_BYTES,

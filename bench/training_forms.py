@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from infobatch_fast.data import Dataset
+from infobatch_fast.graph import WARM_UP, GraphStep, obstacle
 from infobatch_fast.infobatch import Batch, InfoBatch, Plan
 from infobatch_fast.loader import DaliLoader, TorchLoader
 from infobatch_fast.models import make_model
@@ -40,12 +41,14 @@ class Form:
         channels_last: memory format of weights and images; else contiguous.
         amp: off or bf16, of `TrainStep`.
         compile: torch.compile the network.
+        graph: replay the step as a CUDA graph.
     """
 
     about: str
     channels_last: bool = True
     amp: str = "bf16"
     compile: bool = False
+    graph: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,8 +61,12 @@ FORMS = {
     "channels_last": Form("channels_last float32", amp="off"),
     "amp": Form("channels_last, bfloat16 autocast"),
     "compiled": Form("the same under torch.compile", compile=True),
+    "graph": Form("the same, the step captured as a CUDA graph", compile=True, graph=True),
 }
-NOT_BUILT = {"graph": "not built yet: the step captured as a CUDA graph"}
+
+
+class Unavailable(Exception):
+    """A form that cannot be had here, in words."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,9 @@ class Trainer:
         data: on the device.
         loader: of batches of B.
         seed: of the initial weights.
+
+    Raises:
+        Unavailable: the step cannot be captured as a graph, and the form asks for one.
     """
 
     def __init__(
@@ -124,7 +134,7 @@ class Trainer:
         self.layout = torch.channels_last if form.channels_last else torch.contiguous_format
         network = make_model(model, data.num_classes, seed=seed)
         network = network.to(device=device, memory_format=self.layout)  # pyright: ignore
-        self.step = TrainStep(
+        step = TrainStep(
             network.train(),
             make_optimizer("lars", network, lr=LR, weight_decay=5e-4, momentum=MOMENTUM),
             epoch.infobatch,
@@ -133,12 +143,30 @@ class Trainer:
             compile=form.compile,
             phases=Phases(device, enabled=False),
         )
+        self.step: TrainStep | GraphStep = step
+        if form.graph:
+            if why := obstacle(step):
+                raise Unavailable(why)
+            self.step = GraphStep(step, lambda message: None)
         self.plan, self.loader = epoch.plan, loader
         self.batch = next(self._batches(1))
 
     def _batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:
         for images, labels, batch in feed(self.loader, self.plan, steps):
             yield images.contiguous(memory_format=self.layout), labels, batch
+
+    def warm_up(self) -> None:
+        """Take the first steps: they compile, and those of a graph capture it.
+
+        Raises:
+            Unavailable: the capture failed.
+        """
+        self.resident(WARM_UP)
+        if isinstance(self.step, GraphStep):
+            self.step.capture()
+            if self.step.failure:  # it would go on without: no figure for a form of that name
+                raise Unavailable(self.step.failure)
+            self.resident(1)
 
     def resident(self, steps: int) -> None:
         """Train on one batch that stays on the device."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import training_forms
 from loader_sides import IMAGE_BYTES
-from throughput_rows import Run, dtype_name, in_words, percent, progress
-from training_forms import FORMS, NOT_BUILT, Trainer
+from throughput_rows import Limit, Run, dtype_name, in_words, percent, progress
+from training_forms import FORMS, Trainer, Unavailable
 
 from infobatch_fast import measure
 from infobatch_fast.data import Dataset
@@ -21,7 +21,7 @@ LOADED = 8192  # images of the loader alone, at least: its start is a small part
 
 def run_training(
     run: Run,
-    limits: Mapping[str, float],
+    limits: Mapping[str, Limit],
     models: Mapping[str, Sequence[str]],
     ratio: float,
     batch_sizes: Mapping[str, int],
@@ -43,10 +43,6 @@ def run_training(
         if note:
             run.say(note)
         _Training(run, model, data, loader, ratio).measure(names, limits)
-        for form, why in NOT_BUILT.items():
-            case = {"model": model, "batch_size": size, "form": form}
-            run.lines.add_absent("training", case, why)
-            run.say(f"training   {model}, batch {size}, {form}: {why}")
         torch.compiler.reset()
 
 
@@ -77,7 +73,7 @@ class _Training:
             "well-learned"
         )
 
-    def measure(self, names: Sequence[str], limits: Mapping[str, float]) -> None:
+    def measure(self, names: Sequence[str], limits: Mapping[str, Limit]) -> None:
         """Time the forms against each other, and write their rows."""
         choosing = measure.interleave(
             {str(r): epoch.choose for r, epoch in self.epochs.items()},
@@ -119,8 +115,10 @@ class _Training:
                     trainer = Trainer(
                         self.model, FORMS[name], epoch, self.data, self.loader, self.run.seed
                     )
-                    trainer.resident(2)
+                    trainer.warm_up()
                     trainers[name, ratio] = trainer
+                except Unavailable as why:
+                    absent[name, ratio] = str(why)
                 except Exception as error:  # no compiler, no memory: the other forms go on
                     absent[name, ratio] = f"failed: {reason(error)}"
                 done(number / len(keys))
@@ -159,17 +157,18 @@ class _Training:
         steps: int,
         choose: float,
         flop: float,
-        limits: Mapping[str, float],
+        limits: Mapping[str, Limit],
     ) -> None:
         loader, resident, fed = rates
         kept = len(self.epochs[key[1]].plan)
-        limit = limits[dtype_name(FORMS[key[0]].dtype)]
+        limit, copy = limits[dtype_name(FORMS[key[0]].dtype)], limits["copy"].rate
         more = {
-            "compute_limit_percent": percent(fed["median"] * flop, limit),
+            "compute_limit": limit.what,
+            "compute_limit_percent": percent(fed["median"] * flop, limit.rate),
             "resident_images/s": resident["median"],
-            "resident_compute_limit_percent": percent(resident["median"] * flop, limit),
+            "resident_compute_limit_percent": percent(resident["median"] * flop, limit.rate),
             "loader_images/s": loader["median"],
-            "loader_copy_limit_percent": percent(loader["median"] * IMAGE_BYTES, limits["copy"]),
+            "loader_copy_limit_percent": percent(loader["median"] * IMAGE_BYTES, copy),
             "image_FLOP": flop,
             "epoch_images": kept,
             "well_learned_percent": percent(self.epochs[key[1]].plan.num_prunable, self.samples),
@@ -183,7 +182,7 @@ class _Training:
         self.run.lines.add("training", self._case(key), "images/s", fed, more)
         self.run.say(
             f"training   {self._words(key)}: fed {in_words(fed)}, "
-            f"{figures(more['compute_limit_percent'])}% of the limit; "
+            f"{figures(more['compute_limit_percent'])}% of the limit, {limit.what}; "
             f"network alone {figures(resident['median'])}, "
             f"loader alone {figures(loader['median'])}"
         )

@@ -1,5 +1,7 @@
 """The training step as CUDA graphs: one launch a step where the eager one has thousands."""
 
+import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +16,13 @@ from infobatch_fast.telemetry import Phases
 
 WARM_UP = 3  # eager steps of a size before its capture: they tune, compile and allocate
 MOST = 2  # graphs: of the full batch, and of the one partial batch of full epochs
+QUIET = 0.05  # s for a loader's threads to come to rest
 
 
 class GraphStep:
     """A training step whose device part is captured once for each batch size and then replayed.
 
-    The first steps of a size run eagerly, on real batches, so that capturing trains on nothing. The
+    Steps run eagerly until `capture`, on real batches, so that capturing trains on nothing. The
     batch is copied into static buffers; learning rate and momentum are written into the tensors
     that the optimizer holds. A size beyond the first `MOST` to come often stays eager.
 
@@ -27,7 +30,7 @@ class GraphStep:
 
     Args:
         step: whose state the graphs work on; see `obstacle`.
-        say: told, once, if a capture fails; every step is eager then.
+        say: told, once, if a capture fails; every step is eager then, and `failure` says why.
 
     Raises:
         ValueError: the step cannot be captured.
@@ -38,45 +41,70 @@ class GraphStep:
         if why is not None:
             raise ValueError(f"step must be one that a CUDA graph can hold: {why}")
         self.step, self._say = step, say
-        self._most = MOST
-        self._untimed = Phases(step.found_inf.device, enabled=False)
-        self._seen: dict[int, int] = {}
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self._device = step.found_inf.device
+        self._untimed = Phases(self._device, enabled=False)
+        self._seen: dict[Any, int] = {}
+        self._static: dict[Any, tuple[Tensor, ...]] = {}
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self.failure: str | None = None
 
     def __call__(
         self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
     ) -> None:
         """Train on one batch; as `TrainStep`'s."""
-        size = labels.numel()
         inputs = (images, labels, *batch)
-        if size not in self._graphs:
-            self._seen[size] = self._seen.get(size, 0) + 1
-            if self._seen[size] <= WARM_UP or len(self._graphs) >= self._most:
-                return self.step(images, labels, batch, lr, momentum)
-            try:
-                self._graphs[size] = self._capture(inputs)
-            except RuntimeError as error:  # nothing was trained: what is captured does not run
-                self._most = 0
-                self.step.optimizer.zero_grad(set_to_none=True)
-                self._say(f"WARNING: no CUDA graph, every step runs eagerly: {reason(error)}")
-                return self.step(images, labels, batch, lr, momentum)
-        graph, static = self._graphs[size]
-        for target, source in zip(static, inputs, strict=True):
+        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] == WARM_UP and not self.failure and len(self._static) < MOST:
+                self._static[key] = tuple(torch.empty_like(tensor) for tensor in inputs)
+            return self.step(images, labels, batch, lr, momentum)
+        for target, source in zip(self._static[key], inputs, strict=True):
             target.copy_(source)
         set_schedule(self.step.optimizer, lr, momentum)
         graph.replay()
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
-        static = tuple(torch.empty_like(tensor) for tensor in inputs)
-        for target, source in zip(static, inputs, strict=True):
-            target.copy_(source)
+    def capture(self) -> None:
+        """Capture the sizes that have come often enough.
+
+        Call it between epochs, when no loader is at work: DALI's threads wait for the whole device
+        now and then, which a capture forbids, and so does a collected Triton module.
+        """
+        for key, static in self._static.items():
+            if key in self._graphs or self.failure:
+                continue
+            try:
+                self._graphs[key] = self._capture(static)
+            except Exception as error:  # nothing was trained: what is captured does not run
+                self.step.optimizer.zero_grad(set_to_none=True)
+                # Of the capture's end, it says less than what went wrong within.
+                self.failure = reason(error.__context__ or error)
+                self._say(f"WARNING: no CUDA graph, every step runs eagerly: {self.failure}")
+
+    def _capture(self, static: tuple[Tensor, ...]) -> Any:
         images, labels, indices, weights = static
-        pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
-        graph = torch.cuda.CUDAGraph()
-        # The loader's threads go on with CUDA calls of their own, which are none of the graph's.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self.step.advance(images, labels, Batch(indices, weights), self._untimed)
-        return graph, static
+        pool = next((graph.pool() for graph in self._graphs.values()), None)
+        with torch.cuda.device(self._device):
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            collecting = gc.isenabled()
+            gc.collect()
+            gc.disable()
+            try:
+                torch.cuda.synchronize()
+                time.sleep(QUIET)
+                with torch.cuda.graph(
+                    graph,
+                    pool=pool,
+                    stream=torch.cuda.Stream(self._device),
+                    capture_error_mode="thread_local",
+                ):
+                    self.step.advance(images, labels, Batch(indices, weights), self._untimed)
+            finally:
+                torch.cuda.set_stream(before)  # torch 2.11 leaves its own where a capture fails
+                if collecting:
+                    gc.enable()
+        return graph
 
 
 def obstacle(step: TrainStep) -> str | None:

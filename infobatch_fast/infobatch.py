@@ -151,6 +151,7 @@ class InfoBatch:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
+        triton_kernels(self.scores.device)  # proven now, not in the first epoch
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -243,9 +244,10 @@ class InfoBatch:
         """
         losses = per_sample(losses, batch.indices.numel())
         kernels = triton_kernels(self.scores.device)
-        if kernels is not None and self.scores.device == losses.device == batch.weights.device:
-            losses = losses.contiguous()
-            return kernels.update(losses, batch.weights, batch.indices, self.scores)
+        tensors = [tensor.contiguous() for tensor in (losses, batch.weights, batch.indices)]
+        here = all(tensor.device == self.scores.device for tensor in tensors)
+        if kernels is not None and here and batch.weights.dtype == torch.float32:
+            return kernels.update(*tensors, self.scores)
         self.record(losses, batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
@@ -262,7 +264,8 @@ class InfoBatch:
         losses = _onto(per_sample(losses, batch.indices.numel()).detach(), device)
         kernels = triton_kernels(device)
         operation = reference.record if kernels is None else kernels.record
-        operation(self.scores, _onto(batch.indices, device), losses.contiguous(), found_inf)
+        indices = _onto(batch.indices, device).contiguous()
+        operation(self.scores, indices, losses.contiguous(), found_inf)
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -203,6 +203,7 @@ class Progress:
                     "spent": self.spent,
                     "phases": self.phases,
                     "random": torch.get_rng_state(),
+                    "kernels": self.step.by_kernels,
                 },
             )
         self._saved_at = time.monotonic()
@@ -286,6 +287,8 @@ class Progress:
             "images_per_second": trained
             / (total["train_seconds"] + (total["pruning_seconds"] or 0.0)),
             "skipped_steps": total["skipped_steps"],
+            # Else it is, in whole or in part, in the time of the step.
+            "update_timed": not (self.step.by_kernels or self.settings.graph),
             "host_syncs": total["host_syncs"],
             **{name: total[name] for name in JOULES},
             "joules_per_image": an_image,

@@ -9,19 +9,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from infobatch_fast import command, record, tables
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.errors import UserError
-from infobatch_fast.report_groups import Section, main_source, sections
-from infobatch_fast.report_page import Block, Heading, Table, Text, markdown, page, printable
+from infobatch_fast.report_benchmarks import benchmark_tables
+from infobatch_fast.report_groups import Section, counted, main_source, sections
+from infobatch_fast.report_page import MARK, Block, Heading, Table, Text, markdown, page, printable
 from infobatch_fast.report_plots import plots
-from infobatch_fast.report_records import Inputs, Run, read
-from infobatch_fast.report_tables import benchmark_tables, experiment, run_tables
+from infobatch_fast.report_read import read
+from infobatch_fast.report_records import Inputs, Run
+from infobatch_fast.report_tables import experiment, notes, run_tables
 
 TITLE = "InfoBatch: experiments and benchmarks"
+NAMES = ("report.md", "report.html")
 PAPER = "https://arxiv.org/abs/2303.04947"
 NONE_REPORTED = "No run of the reported setting was given: none of its figures is measured."
 _MOST_PLOTTED = 8  # settings
@@ -42,7 +46,10 @@ class Options:
         out: folder of the report; what is in it stays, but for an older report.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint=""),
+    ] = ()
     out: Path = Path("report")
 
 
@@ -56,13 +63,17 @@ def compose(inputs: Inputs) -> list[Block]:
         blocks += _experiments(found)
         blocks += [Heading("Run by run", 2), *run_tables(inputs.runs, source)]
         blocks += _plots(found)
-    for number, (path, lines) in enumerate(inputs.benchmarks.items()):
-        blocks += [Heading("Benchmarks", 2)] if number == 0 else []
-        blocks += benchmark_tables(path, lines)
+    if inputs.benchmarks:
+        blocks += [Heading("Benchmarks", 2), *benchmark_tables(inputs.benchmarks)]
     if inputs.bad:
         blocks += [
             Heading("Not reported", 2),
-            Table("Inputs that could not be read", ["path", "reason"], inputs.bad, left=2),
+            Table(
+                "Inputs that could not be read, in all or in part",
+                ["path", "reason"],
+                inputs.bad,
+                left=2,
+            ),
         ]
     return blocks
 
@@ -76,7 +87,7 @@ def _introduction(runs: Sequence[Run]) -> list[Block]:
         "and checkpoints as well, on one device."
     ]
     source, tie = main_source(runs)
-    if any(run.about["source_hash"] != source for run in runs):
+    if any(run.about["source_hash"] != source for run in runs if run.copy_of is None):
         which = (
             "as many runs are of another source as of the source of the first such run"
             if tie
@@ -118,7 +129,7 @@ def _plots(found: Sequence[Section]) -> list[Block]:
         blocks += [Heading(section.title, 3), *plots(section)]
     if len(found) > _MOST_PLOTTED:
         left = len(found) - _MOST_PLOTTED
-        blocks.append(Text(f"The plots of {left} further settings are left out."))
+        blocks.append(Text(f"Left out: the plots of {counted(left, 'further setting')}."))
     return blocks
 
 
@@ -131,6 +142,7 @@ def run(arguments: Sequence[str], say: command.Say) -> None:
     options = command.parse(Options, arguments, "python -m infobatch_fast.report", Options())
     if not options.runs:
         raise UserError("runs must name at least one folder or .jsonl file, got none")
+    _check_ours(options.out)
     inputs = read(options.runs)
     for path, why in inputs.bad:
         command.complain(f"warning: {path}: {why}", 0)
@@ -138,12 +150,26 @@ def run(arguments: Sequence[str], say: command.Say) -> None:
         raise UserError("runs must hold something to report, got nothing that can be read")
     blocks = compose(inputs)
     record.make_folder(options.out)
-    written = {"report.md": markdown(blocks), "report.html": page(TITLE, blocks)}
-    for name, text in written.items():
+    for name, text in zip(NAMES, (markdown(blocks), page(TITLE, blocks)), strict=True):
         write_atomically(options.out / name, text.encode())
     for line in _essence(inputs):
         say(printable(line))
-    say(printable(f"report     {options.out}: {' and '.join(written)}"))
+    say(printable(f"report     {options.out}: {' and '.join(NAMES)}"))
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise UserError if a file of somebody else's would be overwritten."""
+    for path in (folder / name for name in NAMES):
+        try:
+            ours = not path.exists() or (
+                path.is_file() and MARK.encode() in path.read_bytes()[:200]
+            )
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        if not ours:
+            raise UserError(
+                f"out must hold no {path.name} that this command did not write, got {path}"
+            )
 
 
 def _essence(inputs: Inputs) -> Iterator[str]:
@@ -157,13 +183,15 @@ def _essence(inputs: Inputs) -> Iterator[str]:
         for section in found:
             if section.rows:
                 about = "" if section.reported else " (not the reported setting)"
-                blocks += [Heading(section.title + about, 3), *experiment(section)[:1]]
-        blocks += [Heading("Figures of each run", 3), *run_tables(inputs.runs, source)[1:2]]
-    for path, lines in inputs.benchmarks.items():
-        blocks += [b for b in benchmark_tables(path, lines) if not isinstance(b, Text)]
+                blocks += [Heading(section.title + about, 3), experiment(section)[0]]
+                blocks += notes(section)
+        blocks += [Heading("Figures of each run", 3), run_tables(inputs.runs, source)[1]]
+    blocks += [b for b in benchmark_tables(inputs.benchmarks) if not isinstance(b, Text)]
     for block in blocks:
         if isinstance(block, Heading):
             yield ""
+            yield block.text
+        elif isinstance(block, Text):
             yield block.text
         elif isinstance(block, Table):
             yield from tables.markdown(block.headers, block.rows, block.left)

@@ -3,7 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from infobatch_fast.report_records import Run
@@ -11,7 +11,10 @@ from infobatch_fast.report_records import Run
 DELTA = 0.875  # of the reported runs
 # What a run's figures do not depend on (but for its noise), or what names its method instead. A
 # preset is the defaults of the settings that stand beside it.
-_NO_SETTING = ("seed", "preset", "loader", "eval_every", "checkpoint_every", "device")
+_NO_SETTING = (
+    *("seed", "preset", "device"),
+    *("loader", "eval_every", "checkpoint_every", "telemetry", "host_syncs"),
+)
 _METHOD = ("ratio", "delta", "policy", "rescale", "anneal")
 
 
@@ -116,6 +119,7 @@ class Section:
         reported: whether the setting is that of the reported figures.
         rows: of its complete runs.
         runs: all, complete or not, in the order given.
+        apart: the settings that tell it from another section whose title is the same without.
     """
 
     setting: dict[str, Any]
@@ -125,15 +129,16 @@ class Section:
     reported: bool
     rows: tuple[Row, ...]
     runs: tuple[Run, ...]
+    apart: str = ""
 
     @property
     def title(self) -> str:
-        """Model, data, length, optimizer and device."""
+        """Model, data, length, optimizer, what sets it apart, and device."""
         s = self.setting
         data = f"SYNTHETIC data ({s['dataset']})" if self.synthetic else s["dataset"]
         return (
-            f"{s['model']} on {data}, {s['epochs']} epochs, batch {s['batch_size']}, "
-            f"{s['optimizer']}, max lr {s['max_lr']:g}; {self.device}"
+            f"{s['model']} on {data}, {counted(s['epochs'], 'epoch')}, batch {s['batch_size']}, "
+            f"{s['optimizer']}, max lr {s['max_lr']:g}{self.apart}; {self.device}"
         )
 
     @property
@@ -165,7 +170,7 @@ def method_of(run: Run) -> Method:
 
 def main_source(runs: Sequence[Run]) -> tuple[str, bool]:
     """The source hash of most runs, and whether it was a tie, which the run given first decides."""
-    counts = Counter(run.about["source_hash"] for run in runs)
+    counts = Counter(run.about["source_hash"] for run in runs if run.copy_of is None)
     ranked = counts.most_common()  # of equals, the first given comes first
     return ranked[0][0], len(ranked) > 1 and ranked[0][1] == ranked[1][1]
 
@@ -173,9 +178,15 @@ def main_source(runs: Sequence[Run]) -> tuple[str, bool]:
 def state_of(run: Run, source: str) -> str:
     """Complete or not, and the marks that keep a run out of others' means."""
     done, epochs = len(run.epochs), run.config["epochs"]
-    states = ["complete" if run.complete else f"INCOMPLETE: {done} of {epochs} epochs"]
-    if not run.complete and done == epochs:
-        states = ["INCOMPLETE: no summary"]
+    states = ["complete"]
+    if run.damaged:
+        read = f"{done} of {counted(epochs, 'epoch')} can be read"
+        states = [f"INCOMPLETE: its record is DAMAGED, {read}"]
+    elif not run.complete:
+        ended = "no summary" if done == epochs else f"{done} of {counted(epochs, 'epoch')}"
+        states = [f"INCOMPLETE: {ended}"]
+    if run.copy_of is not None:
+        states.append(f"copy of {run.copy_of}, not counted")
     if run.about["source_hash"] != source:
         states.append("OTHER SOURCE")
     if run.about["data"] != "genuine":
@@ -198,11 +209,13 @@ def sections(runs: Iterable[Run], source: str) -> list[Section]:
     has to beat.
 
     Args:
-        runs: from `report_records.read`.
+        runs: from `report_read.read`.
         source: the hash of the rest; runs of another have rows of their own.
     """
     grouped: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
+        if run.copy_of is not None:
+            continue
         setting = tuple(sorted(_setting(run).items(), key=lambda item: item[0]))
         key = (run.about["data"] != "genuine", device_of(run.about), setting)
         grouped.setdefault(key, []).append(run)
@@ -217,7 +230,12 @@ def sections(runs: Iterable[Run], source: str) -> list[Section]:
         rows = _rows(members, source, setting["epochs"])
         gpu = members[0].about["device"]["type"] == "cuda"
         found.append(Section(setting, device, gpu, synthetic, reported, rows, tuple(members)))
-    return sorted(found, key=lambda section: not section.reported)
+    return sorted(_told_apart(found), key=lambda section: not section.reported)
+
+
+def counted(number: int, word: str) -> str:
+    """So many of a word: 1 epoch, 2 epochs."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def same_seeds(runs: Iterable[Run]) -> list[int]:
@@ -252,6 +270,22 @@ def _setting(run: Run) -> dict[str, Any]:
     }
 
 
+def _told_apart(found: Sequence[Section]) -> list[Section]:
+    """Sections of equal titles with the settings that differ between them in their titles."""
+    titles = Counter(section.title for section in found)
+    apart = []
+    for section in found:
+        alike = [other.setting for other in found if other.title == section.title]
+        names = {name for setting in alike for name in setting if titles[section.title] > 1}
+        words = [
+            f", {name} {section.setting.get(name, 'not recorded')}"
+            for name in sorted(names)
+            if len({repr(setting.get(name)) for setting in alike}) > 1
+        ]
+        apart.append(replace(section, apart="".join(words)))
+    return apart
+
+
 def _longer(key: tuple[Any, ...], grouped: dict[tuple[Any, ...], list[Run]]) -> Any:
     """The group that full-data runs are the shorter training of; None if there is none."""
     if any(method_of(run) != FULL for run in grouped[key]):
@@ -280,7 +314,7 @@ def _rows(runs: list[Run], source: str, epochs: int) -> tuple[Row, ...]:
     ):
         label = method.label
         if length != epochs:
-            label += f", {length} epochs (training shorter)"
+            label += f", {counted(length, 'epoch')} (training shorter)"
         if hashed != source:
             label += f" (OTHER SOURCE {hashed[:8]})"
         rows.append(Row(label, method, tuple(members), length))

@@ -42,6 +42,7 @@ class Plot(NamedTuple):
     alt: str
 
 
+MARK = "<!-- infobatch_fast report -->"  # begins what may be overwritten
 _LONG = 40  # characters; a longer cell holds words, whatever its column does, and is wrapped
 Block = Heading | Text | Table | Plot
 
@@ -75,28 +76,25 @@ tbody th { font-weight: 500; }
 .plots { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 figure { margin: 1rem 0; flex: 1 1 30rem; max-width: 46rem; min-width: 0; }
 figcaption { font-weight: 600; }
-figure .scroll { margin: 0.3rem 0 0; }
-svg { display: block; width: 100%; min-width: 26rem; height: auto; }
+svg { display: block; width: 100%; max-width: 100%; height: auto; margin-top: 0.3rem; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 @media print {
   :root { color-scheme: light; --text: #000; --page: #fff; --line: #999; --soft: #eee;
     --link: #000; }
-  nav { max-width: 80rem; margin: 0 auto; padding: 1rem 1rem 0; display: flex; flex-wrap: wrap;
-  gap: 0.25rem 1.25rem; }
-main { max-width: none; padding: 0; }
+  nav { display: none; }
+  main { max-width: none; padding: 0; }
   .scroll { overflow: visible; }
   table { font-size: 0.7rem; }
   th, td { padding: 0.15rem 0.3rem; }
   figure, tr { break-inside: avoid; }
   h2, h3, caption { break-after: avoid; }
-  svg { min-width: 0; }
 }
 """
 
 
 def markdown(blocks: Iterable[Block]) -> str:
     """The report as Markdown; of its plots it says where they are."""
-    parts = []
+    parts = [MARK]
     for block in blocks:
         if isinstance(block, Heading):
             parts.append(f"{'#' * block.level} {_escaped(block.text)}")
@@ -136,6 +134,7 @@ def page(title: str, blocks: Sequence[Block]) -> str:
             link = f' <a href="{_html(block.link)}">{_html(block.link)}</a>' if block.link else ""
             parts.append(f"<p>{_html(block.text)}{link}</p>")
     return f"""<!doctype html>
+{MARK}
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -198,11 +197,7 @@ def _plot(plot: Plot, prefix: str) -> str:
     svg = re.sub(r'(href="#)([^"]+)(")', renamed, svg)
     svg = re.sub(r"(url\(#)([^)]+)(\))", renamed, svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_html(plot.alt)}" ', 1)
-    return (
-        f"<figure>\n<figcaption>{_html(plot.title)}</figcaption>\n"
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{_html(plot.title)}">\n'
-        f"{svg.strip()}\n</div>\n</figure>"
-    )
+    return f"<figure>\n<figcaption>{_html(plot.title)}</figcaption>\n{svg.strip()}\n</figure>"
 
 
 def _html(text: str) -> str:

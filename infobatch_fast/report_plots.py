@@ -6,7 +6,7 @@ hatch tells apart what the colour does.
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,9 +17,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from infobatch_fast.report_groups import Section, method_of
+from infobatch_fast.report_groups import Section, counted, method_of
 from infobatch_fast.report_page import Block, Plot, Text
-from infobatch_fast.report_records import Run
+from infobatch_fast.report_records import Run, training_seconds
 
 _TEXT = "#010203"  # stands for the page's text colour until `_svg`
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", _TEXT)
@@ -39,7 +39,7 @@ def plots(section: Section) -> list[Block]:
     if not trained:
         return [Text("No plots: no epoch is finished.")]
     blocks: list[Block] = []
-    evaluated = [run for run in trained if run.evaluated]
+    evaluated = [run for run in trained if _accuracy(run)]
     if evaluated:
         blocks += [
             _lines(
@@ -63,15 +63,17 @@ def plots(section: Section) -> list[Block]:
         ]
     else:
         blocks.append(Text("No plot of the accuracy: no epoch was evaluated."))
-    blocks.append(
-        _lines(
-            section,
-            trained,
-            lambda run: [line["epoch"] for line in run.epochs],
-            lambda run: [100 * line["kept"] / (run.samples or 1) for line in run.epochs],
-            ("Samples kept in each epoch", "epoch", "samples kept (%)"),
+    known = [run for run in trained if run.samples is not None]
+    if known:
+        blocks.append(
+            _lines(
+                section,
+                known,
+                lambda run: [line["epoch"] for line in run.epochs],
+                lambda run: [100 * line["kept"] / (run.samples or 1) for line in run.epochs],
+                ("Samples kept in each epoch", "epoch", "samples kept (%)"),
+            )
         )
-    )
     blocks += _phases(section, trained)
     blocks += _energy(section, trained)
     blocks += _histograms(section, trained)
@@ -79,21 +81,23 @@ def plots(section: Section) -> list[Block]:
 
 
 def _minutes(run: Run) -> list[float]:
-    took = accumulate(line["train_seconds"] + line["pruning_seconds"] for line in run.epochs)
-    return [
-        t / 60 for t, line in zip(took, run.epochs, strict=True) if line["accuracy"] is not None
-    ]
+    took = accumulate(training_seconds(line) for line in run.unbroken)
+    return [t / 60 for t, line in _evaluated(run, took)]
 
 
 def _samples(run: Run) -> list[float]:
-    kept = accumulate(line["kept"] for line in run.epochs)
-    return [
-        k / 1e6 for k, line in zip(kept, run.epochs, strict=True) if line["accuracy"] is not None
-    ]
+    kept = accumulate(line["kept"] for line in run.unbroken)
+    return [k / 1e6 for k, line in _evaluated(run, kept)]
 
 
 def _accuracy(run: Run) -> list[float]:
-    return [100 * line["accuracy"] for line in run.evaluated]
+    return [100 * line["accuracy"] for _, line in _evaluated(run, run.unbroken)]
+
+
+def _evaluated(run: Run, values: Iterable[Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Of a value for each epoch those of the evaluated ones, with the epochs' lines."""
+    pairs = zip(values, run.unbroken, strict=True)
+    return [(value, line) for value, line in pairs if line["accuracy"] is not None]
 
 
 def _lines(
@@ -284,8 +288,13 @@ def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
     bar = figure.colorbar(colours, ax=list(grid.flat), label="samples (%)")
     bar.ax.yaxis.label.set_color(_TEXT)
     bar.ax.tick_params(colors=_TEXT, labelsize=8)
+    which = f"each of {len(shown)} runs"
+    if len(known) > len(shown):
+        which = f"{len(shown)} of the {counted(len(known), 'run')} with histograms"
+    elif len(shown) == 1:
+        which = f"run {shown[0].letter}"
     alt = (
-        f"A heat map for each of {len(shown)} runs of {len(known)} with histograms: epochs across, "
+        f"A heat map for {which}: epochs across, "
         "scores upwards on a logarithmic axis, and the share of the scored samples as colour, "
         "from dark (none) to bright. Scores beyond the recorded bins count in the outermost."
     )
@@ -297,17 +306,17 @@ def _shares(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
     The outermost bins are those of what lies beyond; an epoch without histogram is NaN.
     """
-    histograms = [line.get("score_histogram") for line in run.epochs]
-    one = next(h for h in histograms if h)
+    histograms = {line["epoch"]: line.get("score_histogram") for line in run.epochs}
+    one = next(h for h in histograms.values() if h)
     bins = len(one["counts"])
     low, high = np.log10(one["low"]), np.log10(one["high"])
     step = (high - low) / (bins - 2)
     edges = 10 ** np.linspace(low - step, high + step, bins + 1)
-    shares = np.full((bins, len(histograms)), np.nan)
-    for epoch, histogram in enumerate(histograms):
+    shares = np.full((bins, max(histograms)), np.nan)
+    for epoch, histogram in histograms.items():
         if histogram:
             counts = np.asarray(histogram["counts"], dtype=float)
-            shares[:, epoch] = 100 * counts / max(1.0, counts.sum())
+            shares[:, epoch - 1] = 100 * counts / max(1.0, counts.sum())
     return edges, shares
 
 

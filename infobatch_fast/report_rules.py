@@ -89,13 +89,16 @@ CONFIG = {
     "seed": _number("a whole number of at least 0", 0, 2**63, whole=True),
 }
 DEVICE = {"type": NAME, "name": TEXT}
+# Without telemetry what pruning took is not known; it is in the training's seconds.
+_SECONDS = {**dict.fromkeys(SECONDS, AMOUNT), "pruning_seconds": _or_null(AMOUNT)}
 EPOCH = {
     **dict.fromkeys(("epoch", "kept"), ORDINAL),
     **dict.fromkeys(("prunable", "skipped_steps"), COUNT),
     "loss": _or_null(NUMBER),
     "lr": NUMBER,
     "accuracy": _or_null(SHARE),
-    **dict.fromkeys(("images_per_second", *SECONDS), AMOUNT),
+    "images_per_second": AMOUNT,
+    **_SECONDS,
 }
 _NEW = {
     "seconds": _or_null(AMOUNT),
@@ -108,18 +111,19 @@ SUMMARY = {
     **dict.fromkeys(("accuracy_last", "accuracy_best"), SHARE),
     **dict.fromkeys(("accuracy_best_epoch", "epochs", "samples_trained"), ORDINAL),
     "samples_saved": COUNT,
-    **dict.fromkeys(("images_per_second", *SECONDS), AMOUNT),
+    "images_per_second": AMOUNT,
+    **_SECONDS,
 }
 EPOCH_NEW = {**_NEW, "score_histogram": HISTOGRAM}
 SUMMARY_NEW = {**_NEW, "joules_saved": _or_null(NUMBER), "nvml": NVML}
 LINE = {
-    **dict.fromkeys(("benchmark", "part", "started"), TEXT),
+    **dict.fromkeys(("benchmark", "part", "started", "version", "python"), TEXT),
     "source_hash": HASH,
-    **dict.fromkeys(("case", "more", "options", "device"), OBJECT),
+    **dict.fromkeys(("case", "more", "options", "packages", "device"), OBJECT),
     **dict.fromkeys(("unit", "absent", "commit"), _or_null(TEXT)),
     **dict.fromkeys(("median", "p20", "p80"), _or_null(NUMBER)),
     "count": _or_null(COUNT),
-    "quick": FLAG,
+    **dict.fromkeys(("complete", "quick"), FLAG),
 }
 
 

@@ -1,9 +1,7 @@
-"""The tables of a report: experiments beside the reported figures, runs, and benchmarks."""
+"""The tables of a report's runs: experiments beside the reported figures, and run by run."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from infobatch_fast import tables
 from infobatch_fast.report_groups import (
@@ -18,18 +16,20 @@ from infobatch_fast.report_groups import (
     same_seeds,
     state_of,
 )
-from infobatch_fast.report_page import Block, Heading, Table, Text
+from infobatch_fast.report_page import Block, Table, Text
 from infobatch_fast.report_records import Run
 
 NOT_MEASURED, NOT_REPORTED, NONE = "not measured", "not reported", "–"
 COMMIT = 8  # of its hexadecimal digits
+SLOWER = " (SLOWER)"
+_WATCHED = "on a CPU --host-syncs watches every operation of torch."
 
 
 class Column(NamedTuple):
     """A figure that rows give the mean of, and the reported one; None is not reported at all."""
 
     name: str
-    measured: Callable[[Run], float]
+    measured: Callable[[Run], float | None]
     reported: Callable[[Figures], float | None] | None
     digits: int | None = None  # None: as the measured value needs
     places: int = 2  # of the reported figure
@@ -45,7 +45,7 @@ MINUTES = Column("minutes", lambda run: run.minutes, lambda figures: figures.min
 HOURS = Column("time h", lambda run: run.minutes / 60, lambda figures: figures.hours)
 OVERHEAD = Column(
     "overhead h",
-    lambda run: run.total("pruning_seconds") / 3600,
+    lambda run: None if run.pruning_seconds is None else run.pruning_seconds / 3600,
     lambda figures: figures.overhead_hours,
     places=3,
 )
@@ -79,7 +79,8 @@ def experiment(section: Section) -> list[Block]:
     ):
         if section.reported or any(row.runs for _, row, _ in rows):
             blocks.append(_means(title, rows, columns, section.reported))
-    return blocks + [Text(note) for note in _notes(section)]
+    others = f"All other settings: {section.others}."
+    return blocks + [Text(others)] * bool(section.others) + notes(section)
 
 
 def run_tables(runs: Sequence[Run], source: str) -> list[Block]:
@@ -90,7 +91,7 @@ def run_tables(runs: Sequence[Run], source: str) -> list[Block]:
             run.name,
             method_of(run).label,
             str(run.config["seed"]),
-            _commit(run.about.get("commit")),
+            short_commit(run.about.get("commit")),
             run.about["source_hash"][:COMMIT],
             device_of(run.about),
             str(run.about.get("packages", {}).get("torch") or "unknown"),
@@ -104,10 +105,10 @@ def run_tables(runs: Sequence[Run], source: str) -> list[Block]:
             _percent(run.evaluated[-1]["accuracy"]) if run.evaluated else NONE,
             _best(run),
             NONE if run.saved_share is None else _percent(run.saved_share),
-            tables.figures(run.minutes),
-            _percent(run.total("pruning_seconds") / 60 / run.minutes) if run.minutes else NONE,
+            tables.figures(run.minutes) + SLOWER * run.watched,
+            _pruning(run),
             tables.figures(run.trained / 60 / run.minutes) if run.minutes else NONE,
-            *(_number(run.figure(name)) for name in ("joules", "host_syncs")),
+            *(number(run.figure(name)) for name in ("joules", "host_syncs")),
             state_of(run, source),
         ]
         for run in runs
@@ -130,9 +131,18 @@ def run_tables(runs: Sequence[Run], source: str) -> list[Block]:
         Text(
             "Last: after the last epoch that was evaluated. Best: picked on the test set, and its "
             "epoch. Minutes: of training, pruning included. Energy: of all the run. Of an "
-            "incomplete run the figures are those so far."
+            "incomplete run the figures are of the epochs that there are."
         ),
     ]
+    if any(run.watched for run in runs):
+        blocks.append(Text(f"SLOWER: {_WATCHED}"))
+    if any(run.epochs and run.pruning_seconds is None for run in runs):
+        blocks.append(
+            Text(
+                f"Without telemetry what pruning took is not known ({NONE}); the minutes hold it "
+                "all the same."
+            )
+        )
     phases = list(dict.fromkeys(name for run in runs for name in run.phases or {}))
     if phases:
         seconds = [
@@ -141,33 +151,6 @@ def run_tables(runs: Sequence[Run], source: str) -> list[Block]:
             if run.phases
         ]
         blocks.append(Table("Time by phase", ["run", *phases], seconds))
-    return blocks
-
-
-def benchmark_tables(path: Path, lines: Sequence[dict[str, Any]]) -> list[Block]:
-    """A table for each part of a benchmark's file, with what it was measured on."""
-    of = ("benchmark", "part", "quick", "commit", "source_hash", "device", "options")
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        key = json.dumps([line[name] for name in of], sort_keys=True)
-        parts.setdefault(key, []).append(line)
-    blocks: list[Block] = []
-    for members in parts.values():
-        first = members[0]
-        quick = " (QUICK RUN: too short to quote)" if first["quick"] else ""
-        about = [
-            f"on {device_of(first)}",
-            f"commit {_commit(first['commit'])}",
-            f"source {first['source_hash'][:COMMIT]}",
-            f"file {path.name}",
-            f"started {first['started']}",
-            *(f"{name} {_setting(value)}" for name, value in first["options"].items()),
-        ]
-        blocks += [
-            Heading(f"{first['benchmark']}: {first['part']}{quick}", 3),
-            _benchmark(members),
-            Text(f"Median [20th, 80th percentile]; {'; '.join(about)}."),
-        ]
     return blocks
 
 
@@ -191,16 +174,29 @@ def _means(
             if beside and column.reported:
                 value = column.reported(figures) if figures else None
                 line.append(NOT_REPORTED if value is None else f"{value:.{column.places}f}")
-            values = [column.measured(run) for run in row.runs]
-            line.append(mean(values, column.digits) if values else NOT_MEASURED)
+            line.append(_mean(column, row))
         letters = ", ".join(run.letter for run in row.runs) or "none"
-        cells.append([*line, str(len(row.runs)), letters])
+        same = ", ".join(str(seed) for seed in same_seeds(row.runs))
+        mark = f" (SAME SEED {same})" if same else ""
+        cells.append([*line, f"{len(row.runs)}{mark}", letters])
     return Table(title, [*headers, "n", "runs"], cells)
 
 
-def _notes(section: Section) -> list[str]:
-    """What a reader must know of the section's tables."""
-    notes = [f"All other settings: {section.others}."] if section.others else []
+def _mean(column: Column, row: Row) -> str:
+    """Of the runs whose records have the figure, and of how many if not of all."""
+    if not row.runs:
+        return NOT_MEASURED
+    values = [column.measured(run) for run in row.runs]
+    known = [value for value in values if value is not None]
+    if not known:
+        return NONE
+    of = "" if len(known) == len(values) else f" (of {len(known)})"
+    return mean(known, column.digits) + of
+
+
+def notes(section: Section) -> list[Block]:
+    """What a reader must know of the section's means."""
+    notes = []
     incomplete = [run.letter for run in section.runs if not run.complete]
     if incomplete:
         notes.append(f"In no mean, as they are INCOMPLETE: {', '.join(incomplete)}.")
@@ -211,62 +207,25 @@ def _notes(section: Section) -> list[str]:
                 f"The runs {letters} of {row.label} have the SAME SEED {seed}: the mean counts "
                 "each, and the deviation is not one over seeds."
             )
-    return notes
-
-
-def _benchmark(lines: Sequence[dict[str, Any]]) -> Table:
-    case = list(dict.fromkeys(name for line in lines for name in line["case"]))
-    more = list(dict.fromkeys(name for line in lines for name in line["more"]))
-    rows = []
-    for line in lines:
-        rows.append(
-            [
-                *(_setting(line["case"].get(name)) for name in case),
-                _measured(line),
-                _number(line["count"]),
-                *(_figure(name, line["more"].get(name)) for name in more),
-            ]
+    watched = [run.letter for row in section.rows for run in row.runs if run.watched]
+    if watched:
+        notes.append(f"SLOWER than it need be was {', '.join(watched)}: {_WATCHED}")
+    unknown = [run.letter for row in section.rows for run in row.runs if _pruning(run) == NONE]
+    if unknown:
+        notes.append(
+            f"Without telemetry the overhead of {', '.join(unknown)} is not known: its mean is of "
+            "the others."
         )
-    return Table("", [*case, "median [p20, p80]", "count", *more], rows, left=len(case))
+    return [Text(note) for note in notes]
 
 
-def _measured(line: dict[str, Any]) -> str:
-    """Median, percentiles and unit, or why there are none."""
-    if line["absent"] is not None:
-        return f"absent: {line['absent']}"
-    unit, median = line["unit"], line["median"]
-    values = [line[name] for name in ("median", "p20", "p80") if line[name] is not None]
-    if unit == "s":
-        shown = [tables.seconds(value) for value in values]
-        unit = ""
-    else:
-        prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6)) if unit in ("B/s", "FLOP/s") else ()
-        prefix, factor = next((p for p in prefixes if median >= p[1]), ("", 1))
-        shown = [_number(value / factor if prefix else value) for value in values]
-        unit = f" {prefix}{unit}"
-    return shown[0] + (f" [{', '.join(shown[1:])}]" if len(shown) == 3 else "") + unit
+def _pruning(run: Run) -> str:
+    seconds = run.pruning_seconds
+    return _percent(seconds / 60 / run.minutes) if seconds is not None and run.minutes else NONE
 
 
-def _setting(value: Any) -> str:
-    """A value of a case or of the options, as it was given."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return _figure("", value)
-
-
-def _figure(name: str, value: Any) -> str:
-    """A further figure, whose name ends in its unit."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)):
-        in_seconds = name.endswith(("_s", "seconds"))
-        return tables.seconds(value) if in_seconds else _number(value)
-    return NONE if value is None else json.dumps(value)
-
-
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number to three figures, a whole one in full."""
     if value is None:
         return NONE
     if isinstance(value, int):
@@ -285,7 +244,7 @@ def _best(run: Run) -> str:
     return f"{_percent(best['accuracy'])} (epoch {best['epoch']})"
 
 
-def _commit(commit: str | None) -> str:
+def short_commit(commit: str | None) -> str:
     """Its beginning, and whether the sources differed from it."""
     if commit is None:
         return "none"

@@ -69,11 +69,13 @@ class TrainStep:
         self._say = say
         self.model, self.optimizer, self.infobatch = model, optimizer, infobatch
         self.label_smoothing, self.phases = label_smoothing, phases
-        self.forward = torch.compile(model, dynamic=False) if compile else model
+        self.forward: Any = torch.compile(model, dynamic=False) if compile else model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         device = self.parameters[0].device
         self.autocast = torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off")
         self.buffers = _Guard(model.buffers())
+        # Proven here, not in the first step, which may be timed or forbid host syncs.
+        self.by_kernels = triton_kernels(device) is not None
         self.scaling = amp == "fp16"
         self.scale = torch.full((), INITIAL_SCALE if self.scaling else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)

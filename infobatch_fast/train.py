@@ -35,7 +35,8 @@ from infobatch_fast.schedule import one_cycle
 from infobatch_fast.step import AUTOCAST, TrainStep
 from infobatch_fast.telemetry import HostSync, HostSyncs, Nvml, Phases, host_syncs, score_histogram
 
-EVALUATION_BATCH = 1000
+EVALUATION_BATCH = 1000  # on a CPU
+EVALUATION_BYTES = 2**24  # of GPU memory left free for each image, four times what r101 needs
 OUT_OF_MEMORY = (
     "lower --batch-size, --synthetic-samples or --synthetic-classes, "
     "or take a smaller --model or --amp bf16"
@@ -121,9 +122,12 @@ def train(
         else:
             say(f"WARNING: no CUDA graph, every step runs eagerly: {why}")
     progress = Progress(step, folder / record.CHECKPOINT, settings, meter)
+    test_batch = evaluation_batch(data.test_labels.numel(), device)
     plan, start = None, 0
     if saved is not None:
         plan, start = progress.restore(saved)
+        if saved.get("kernels") != step.by_kernels:
+            say("WARNING: Triton kernels draw other epochs than torch: the rest will differ")
         say(f"resume     from step {start} of epoch {progress.epoch + 1}")
     record.write_epochs(folder / record.EPOCHS, progress.history)
     whole = settings.batch_size if settings.whole_batches else None
@@ -138,6 +142,8 @@ def train(
         progress.begin()
         for epoch in range(progress.epoch, epochs):
             progress.start_clock()
+            if isinstance(advance, GraphStep):
+                advance.capture()  # of the epochs before; it counts as training
             # Of an epoch that is resumed midway the first part is not known.
             counted, syncs = settings.host_syncs != "off" and plan is None, 0
             if plan is None:
@@ -150,7 +156,7 @@ def train(
             bar.update(start)
             bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
-            model.train()
+            step.forward.train()
             with _watch(settings, device, settings.host_syncs) as watch:
                 batches = phases.each("wait", loader.epoch(plan, start))
                 for number, (images, labels, batch) in enumerate(batches, start + 1):
@@ -171,7 +177,7 @@ def train(
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
                 with phases("evaluation"), progress.spending("evaluation_seconds"):
-                    accuracy = evaluate(model, data, settings.amp, interrupts)
+                    accuracy = evaluate(step.forward, data, settings.amp, test_batch, interrupts)
             if interrupts.received:
                 progress.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
                 stop_if_asked()
@@ -212,16 +218,35 @@ def _schedule(settings: Config, epoch: int, number: int, steps: int) -> tuple[fl
     return one_cycle(done, max_lr=settings.max_lr)
 
 
+def evaluation_batch(tests: int, device: torch.device) -> int:
+    """Images evaluated at once: as many as memory likes, in batches of nearly equal size.
+
+    Args:
+        tests: test images.
+        device: whose memory it is.
+    """
+    most = EVALUATION_BATCH
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        most = max(250, free // EVALUATION_BYTES)
+    return math.ceil(tests / math.ceil(tests / most))
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Dataset, amp: str, interrupts: Interrupts | None = None
+    model: nn.Module,
+    data: Dataset,
+    amp: str,
+    batch_size: int,
+    interrupts: Interrupts | None = None,
 ) -> float | None:
     """The share of the test set that the model gets right; None if a signal came first.
 
     Args:
-        model: on the data's device; left in evaluation mode.
+        model: on the data's device, compiled or not; left in evaluation mode.
         data: whose test images are taken.
         amp: bf16, fp16 or off.
+        batch_size: images at once.
         interrupts: looked at after every batch.
     """
     device = data.test_images.device
@@ -230,8 +255,8 @@ def evaluate(
     right = torch.zeros((), dtype=torch.int64, device=device)
     model.eval()
     batches = zip(
-        data.test_images.split(EVALUATION_BATCH),
-        data.test_labels.split(EVALUATION_BATCH),
+        data.test_images.split(batch_size),
+        data.test_labels.split(batch_size),
         strict=True,
     )
     with torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off"):
@@ -395,7 +420,8 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Callable[[str], Non
             f"checkpoint {path} does not fit {settings.model}: {reason(error)}"
         ) from None
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
-    accuracy = evaluate(model, data, settings.amp)
+    batch_size = evaluation_batch(data.test_labels.numel(), device)
+    accuracy = evaluate(model, data, settings.amp, batch_size)
     say(
         f"test accuracy {accuracy:.2%}: {path}, {settings.model} on the "
         f"{data.test_labels.numel():,} test images of {data.name} ({data.source})"

@@ -38,6 +38,8 @@ QUICK = {
     "device": "cpu",
     "eval_every": 1,
     "checkpoint_every": 0,
+    "telemetry": True,
+    "host_syncs": "off",
 }
 PAPER = {
     **QUICK,
@@ -72,11 +74,11 @@ def write_run(
 
     Args:
         folder: made.
-        config: changes to QUICK.
+        config: changes to QUICK; without telemetry the record is as the trainer then writes it.
         accuracy: of the last epoch; the epochs before approach it.
         epoch_seconds: of a full epoch's training and pruning.
         done: epochs finished; fewer than all leave no summary.
-        new: whether the record has telemetry.
+        new: whether the record has what older ones lack.
         about: changes to config.json beside its config.
         eval_every: epochs between evaluations.
     """
@@ -134,6 +136,9 @@ def write_run(
                 "joules": 500 * seconds + 400.0 if gpu else None,
                 "score_histogram": _histogram(epoch, epochs, samples),
             }
+        if not config["telemetry"]:
+            unknown = ("pruning_seconds", "phases", "train_joules", "joules", "score_histogram")
+            line |= {"train_seconds": seconds, **dict.fromkeys(unknown)}
         lines.append(line)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(about))
@@ -158,6 +163,7 @@ def write_lines(
         "count": 100,
         "more": {},
         "absent": None,
+        "complete": True,
         "quick": quick,
         "options": {"seed": 0, "sizes": [50000, 1000000]},
         "started": "2026-01-02T03:04:05+00:00",
@@ -188,8 +194,13 @@ def _summary(lines: list[dict[str, Any]], samples: int, new: bool, gpu: bool) ->
     trained = sum(line["kept"] for line in lines)
     full = samples * len(lines)
 
-    def total(name: str) -> float:
-        return sum(line[name] for line in lines)
+    def total(name: str) -> Any:
+        values = [line[name] for line in lines]
+        return None if None in values else sum(values)
+
+    telemetry = lines[0]["pruning_seconds"] is not None
+    why = "the device is no GPU" if telemetry else "telemetry is off"
+    gpu = gpu and telemetry
 
     summary = {
         "accuracy_last": evaluated[-1]["accuracy"],
@@ -204,7 +215,7 @@ def _summary(lines: list[dict[str, Any]], samples: int, new: bool, gpu: bool) ->
         "pruning_seconds": total("pruning_seconds"),
         "evaluation_seconds": total("evaluation_seconds"),
         "checkpoint_seconds": total("checkpoint_seconds"),
-        "images_per_second": trained / (total("train_seconds") + total("pruning_seconds")),
+        "images_per_second": trained / (total("train_seconds") + (total("pruning_seconds") or 0.0)),
         "skipped_steps": 0,
         "peak_memory_bytes": 2**30,
         "data": "genuine",
@@ -214,8 +225,10 @@ def _summary(lines: list[dict[str, Any]], samples: int, new: bool, gpu: bool) ->
     joules = total("joules") if gpu else None
     return summary | {
         "seconds": total("seconds"),
-        "phases": {n: sum(line["phases"][n] for line in lines) for n in lines[0]["phases"]},
-        "host_syncs": total("host_syncs") if gpu else None,
+        "phases": {n: sum(line["phases"][n] for line in lines) for n in lines[0]["phases"]}
+        if telemetry
+        else None,
+        "host_syncs": total("host_syncs"),
         "train_joules": total("train_joules") if gpu else None,
         "joules": joules,
         "joules_per_image": joules / trained if joules else None,
@@ -223,6 +236,6 @@ def _summary(lines: list[dict[str, Any]], samples: int, new: bool, gpu: bool) ->
         "nvml": {
             "samples": 10 if gpu else 0,
             "missed": {},
-            "absent": {} if gpu else {"all": "the device is no GPU"},
+            "absent": {} if gpu else {"all": why},
         },
     }

@@ -1,8 +1,9 @@
 """The captured step: what is copied, captured and replayed, by a graph that replays on the CPU."""
 
+import gc
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ class FakeGraph:
     """Captures the step without running it, and runs it on the captured tensors when replayed."""
 
     capturing: "FakeGraph | None" = None
+    streams: ClassVar[list[str]] = []
 
     def __init__(self) -> None:
         self.body: Callable[[], None] | None = None
@@ -75,8 +77,9 @@ def fake_graphs(monkeypatch) -> list[FakeGraph]:
     made: list[FakeGraph] = []
 
     @contextmanager
-    def capture(graph: FakeGraph, pool: Any, capture_error_mode: str):
-        assert capture_error_mode == "thread_local"
+    def capture(graph: FakeGraph, pool: Any, stream: Any, capture_error_mode: str):
+        assert (stream, capture_error_mode) == ("own stream", "thread_local")
+        assert not gc.isenabled()
         graph.of_pool = pool
         made.append(graph)
         FakeGraph.capturing = graph
@@ -96,6 +99,16 @@ def fake_graphs(monkeypatch) -> list[FakeGraph]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(graph, "obstacle", lambda step: None)
+    for name, value in {
+        "device": lambda device: nullcontext(),
+        "synchronize": lambda: None,
+        "current_stream": lambda: "the stream before",
+        "Stream": lambda device: "own stream",
+        "set_stream": lambda stream: FakeGraph.streams.append(stream),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graph, "QUIET", 0)
+    monkeypatch.setattr(FakeGraph, "streams", [])
     return made
 
 
@@ -106,6 +119,7 @@ def test_replays_are_the_eager_steps(fake_graphs: list[FakeGraph]) -> None:
         # Now and then the partial batch of a full epoch.
         batch = make_batch(seed, 16 if seed % 3 else 5)
         lr, momentum = 0.01 * (seed + 1), 0.95 - 0.01 * seed
+        captured.capture()
         eager(*batch, lr, momentum)
         captured(*batch, lr, momentum)
         for one, other in zip(everything(eager), everything(step), strict=True):
@@ -122,6 +136,7 @@ def test_the_batch_is_copied_not_kept(fake_graphs: list[FakeGraph]) -> None:
     for seed in range(WARM_UP + 3):
         batch = make_batch(seed)
         eager(*batch, 0.05, 0.9)
+        captured.capture()
         captured(*batch, 0.05, 0.9)
         for tensor in (*batch[:2], *batch[2]):  # the loader's buffers are used anew
             tensor.fill_(0)
@@ -135,20 +150,48 @@ def test_odd_sizes_stay_eager(fake_graphs: list[FakeGraph]) -> None:
     for size in (16, 5, 9, 7):
         for seed in range(WARM_UP + 2):
             captured(*make_batch(seed, size), 0.01, 0.9)
+            captured.capture()
     assert [made.replays for made in fake_graphs] == [2] * MOST
     for seed in range(40):  # sizes that come once are never captured
         captured(*make_batch(seed, 17 + seed), 0.01, 0.9)
+        captured.capture()
     assert len(fake_graphs) == MOST
+    assert FakeGraph.streams == ["the stream before"] * MOST
+    assert gc.isenabled()
+
+
+def test_nothing_is_captured_in_an_epoch(fake_graphs: list[FakeGraph]) -> None:
+    captured = GraphStep(make_step(), print)
+    for seed in range(2 * WARM_UP):
+        captured(*make_batch(seed), 0.01, 0.9)
+    assert fake_graphs == []
+
+
+def test_another_shape_is_another_graph(fake_graphs: list[FakeGraph]) -> None:
+    eager, step = make_step(), make_step()
+    captured = GraphStep(step, print)
+    for seed in range(2 * (WARM_UP + 2)):
+        images, labels, batch = make_batch(seed)
+        images = images if seed % 2 else images[:, :, :16, :16]
+        eager(images, labels, batch, 0.01, 0.9)
+        captured.capture()
+        captured(images, labels, batch, 0.01, 0.9)
+    assert [made.replays for made in fake_graphs] == [2, 2]
+    for one, other in zip(everything(eager), everything(step), strict=True):
+        assert torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5))
 
 
 def test_a_capture_that_fails_is_told_and_nothing_is_lost(
     fake_graphs: list[FakeGraph], monkeypatch
 ) -> None:
     @contextmanager
-    def refuse(graph: FakeGraph, pool: Any, capture_error_mode: str):
+    def refuse(graph: FakeGraph, pool: Any, stream: Any, capture_error_mode: str):
         made.append(graph)
-        yield
-        raise RuntimeError("operation not permitted\n when stream is capturing")
+        try:
+            yield
+            raise KeyError("operation not permitted\n when stream is capturing")
+        finally:
+            raise RuntimeError("previous error during capture")
 
     made: list[FakeGraph] = []
     advance = TrainStep.advance
@@ -164,10 +207,13 @@ def test_a_capture_that_fails_is_told_and_nothing_is_lost(
     captured = GraphStep(step, said.append)
     for seed in range(2 * WARM_UP):
         eager(*make_batch(seed), 0.01, 0.9)
+        captured.capture()
         captured(*make_batch(seed), 0.01, 0.9)
+    assert FakeGraph.streams == ["the stream before"]
+    assert gc.isenabled()
     assert said == [
         "WARNING: no CUDA graph, every step runs eagerly: "
-        "operation not permitted when stream is capturing"
+        "'operation not permitted\\n when stream is capturing'"
     ]
     assert len(made) == 1
     for one, other in zip(everything(eager), everything(step), strict=True):
@@ -205,8 +251,10 @@ def test_fifty_steps_follow_the_eager_ones_on_cuda(optimizer: str, amp: str, lim
         for one in (eager, step):
             one.begin_epoch()
         eager(*batch, lr, 0.9)
+        captured.capture()
         captured(*batch, lr, 0.9)
         assert step.read_counts().loss == pytest.approx(eager.read_counts().loss, rel=limit)
+    assert len(captured._graphs) == MOST
     images, labels, batch = make_batch(50, device="cuda")
     with host_syncs(torch.device("cuda"), "forbid"):
         captured(images, labels, batch, 0.01, 0.9)
@@ -225,6 +273,7 @@ def test_a_non_finite_replay_changes_nothing_on_cuda() -> None:
     step = make_step("lars", "cuda", "bf16")
     captured = GraphStep(step, print)
     for seed in range(WARM_UP + 2):
+        captured.capture()
         captured(*make_batch(seed, device="cuda"), 0.01, 0.9)
     assert step.infobatch is not None
     state = [*step.model.state_dict().values(), step.infobatch.scores]

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from infobatch_fast import measure
 from infobatch_fast.errors import UserError
+from infobatch_fast.tables import seconds as tabled
 from infobatch_fast.telemetry import Phases
 
 CPU = torch.device("cpu")
@@ -70,6 +72,12 @@ def brief(monkeypatch):
     """Five to six rounds of everything."""
     monkeypatch.setattr(Bench, "budget", lambda self, full, quick: 0.0)
     monkeypatch.setattr(overhead_parts, "SWEEP", 2**16)
+
+
+@pytest.fixture(autouse=True)
+def idle(monkeypatch):
+    """A machine that no one else uses."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 9.0, 9.0))
 
 
 @pytest.fixture
@@ -120,7 +128,9 @@ def rows(lines, part, **case):
 def line(part, case, median, more=None, absent=None, p20=None, p80=None):
     count = None if absent else 7
     figures = {"median": median, "p20": p20 or median, "p80": p80 or median, "count": count}
-    return {"part": part, "case": case, **figures, "more": more or {}, "absent": absent}
+    options = {"load_average": 0.0, "cores": 2}
+    of = {"options": options, "quick": False, "complete": True}
+    return {"part": part, "case": case, **figures, "more": more or {}, "absent": absent, **of}
 
 
 @pytest.mark.parametrize(("samples", "ratio"), [(50_000, 0.5), (1000, 0.3), (101, 0.9)])
@@ -405,12 +415,23 @@ def test_the_claim_about_telemetry_follows_its_interval(low, high, claim):
     row = next(row for row in text.splitlines() if "below 1% of a step" in row)
     assert [cell.strip() for cell in row.split("|")[2:3]] == [claim]
     assert f"{low:.3g}" in text or f"{low:.2f}" in text
+    assert "| median of paired differences | " in text
 
 
-@pytest.mark.parametrize(("inside", "words"), [(True, "inside that"), (False, "NOT inside that")])
-def test_the_step_table_says_whether_the_update_lies_in_the_interval(inside, words):
-    more = {"low_seconds": -1e-3, "high_seconds": 3e-3}
-    more |= {"update_wall_seconds": 1e-3, "update_wall_inside": inside}
+@pytest.mark.parametrize(
+    ("update", "low", "words"),
+    [
+        (1e-3, -1e-3, "inside the interval, which is 4.00 times as wide as it: too wide to tell"),
+        (-5e-4, -1e-3, "inside the interval, which is 8.00 times as wide as it: too wide to tell"),
+        (1e-3, 0.0, "inside the interval, which is 3.00 times as wide as it: too wide to tell"),
+        (2e-3, 1e-3, "inside the interval, which is 1.00 times as wide as it"),
+        (0.0, -1e-3, "inside the interval: too wide to tell"),
+        (1e-3, 2e-3, "NOT inside the interval"),
+    ],
+)
+def test_the_step_table_says_whether_the_update_lies_in_the_interval(update, low, words):
+    more = {"low_seconds": low, "high_seconds": 3e-3}
+    more |= {"update_wall_seconds": update, "update_wall_inside": low <= update}
     case = {"model": "small", "amp": "off", "batch_size": 20}
     lines = [
         line("step", {**case, "side": "with"}, 0.12),
@@ -419,9 +440,10 @@ def test_the_step_table_says_whether_the_update_lies_in_the_interval(inside, wor
     ]
     table = overhead_report.tables(lines)
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
-    assert ["difference", "2.00 ms", "-1.00 ms to 3.00 ms (95%)", "7"] in cells
+    interval = f"{tabled(low)} to 3.00 ms (95%)"
+    assert ["median of paired differences", "2.00 ms", interval, "7"] in cells
     name = "update less plain mean, alone (wall)"
-    assert [name, "1.00 ms", f"{words}, 4.00 times as wide", ""] in cells
+    assert [name, tabled(update), words, ""] in cells
 
 
 def test_quick_end_to_end(brief, no_peer, tmp_path, capsys):
@@ -440,6 +462,7 @@ def test_quick_end_to_end(brief, no_peer, tmp_path, capsys):
             assert r["absent"] is None
             assert r["median"] > 0 or r["case"]["side"] == "difference"
         assert r["quick"]
+        assert r["complete"]
         assert r["options"]["sizes"] == [600, 1500]
         assert "out" not in r["options"]
     syncs = {
@@ -475,6 +498,12 @@ def test_quick_end_to_end(brief, no_peer, tmp_path, capsys):
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     name = lines[0]["device"]["name"]
     said = output.out.splitlines()
+    step_line, telemetry_line = (
+        next(row for row in said if row.startswith(f"{part} ")) for part in ("step", "telemetry")
+    )
+    for row in (step_line, telemetry_line):
+        assert ", median of paired differences " in row
+    assert "busy" not in output.out
     assert name in said[0]
     assert any(name in row for row in said[-3:])
     assert "too short to quote" in "\n".join(said[-4:])
@@ -589,8 +618,13 @@ def test_free_memory_is_a_fifth_more_than_may_be_used(monkeypatch):
         ("--batch-size 0", "batch_size must be at least 1, got 0"),
         (
             "--batch-size 301",
-            "batch_size must be at most 300, the samples that an epoch of the smallest size is "
-            "sure to keep, got 301",
+            "sizes must be at least 602 with batch_size 301 and ratio 0.5, for a whole batch in "
+            "every epoch, got 600",
+        ),
+        (
+            "--sizes 1 50 --batch-size 1 --ratio 0.7",
+            "sizes must be at least 4 with batch_size 1 and ratio 0.7, for a whole batch in every "
+            "epoch, got 1",
         ),
         ("--sizes 600 0", "sizes must be at least 1, got 0"),
         ("--seed -1", "seed must be in [0, 2**63), got -1"),
@@ -606,6 +640,24 @@ def test_a_mistake_in_the_input_is_one_line(arguments, message, tmp_path, capsys
     output = capsys.readouterr()
     assert (code, lines, output.out, output.err) == (2, [], "", f"error: {message}\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_no_default_size_has(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    assert overhead.main(["--device", "cpu", "--batch-size", "25001", *out]) == 2
+    assert capsys.readouterr().err == (
+        "error: batch_size must be at most 25000, the samples that an epoch of the smallest size "
+        "is sure to keep, got 25001\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+def test_the_least_size_is_the_first_with_a_whole_batch(ratio):
+    for batch_size in (1, 2, 7, 100, 200):
+        size = overhead_sides.least_size(batch_size, ratio)
+        kept = [overhead_sides.sure_to_keep(n, ratio) >= batch_size for n in (size - 1, size)]
+        assert kept == [False, True]
 
 
 @pytest.mark.parametrize("arguments", ["--sizes many", "--siezs 5", "--seed"])
@@ -642,23 +694,80 @@ def test_sizes_and_model_follow_the_device():
     assert Options((900, 400)).settle(False).training_size == 400
 
 
-def test_ctrl_c_keeps_what_was_measured(brief, no_peer, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_keeps_what_was_measured(
+    number, code, again, brief, no_peer, tmp_path, monkeypatch, capsys
+):
     choose = NumpyPruning.choose
 
     def interrupted(self):
         if len(self.scores) == 1500:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return choose(self)
 
+    def impatient(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
     monkeypatch.setattr(NumpyPruning, "choose", interrupted)
-    code, lines = run(tmp_path / "out")
+    if again:
+        monkeypatch.setattr(overhead, "draw", impatient)
+    got, lines = run(tmp_path / "out")
     output = capsys.readouterr()
-    assert code == 130
+    assert got == code
     assert {r["case"]["samples"] for r in lines} == {600}
     assert {r["part"] for r in lines} == {"choose", "update", "host"}
-    assert f"{len(lines)} rows are kept in {tmp_path / 'out' / 'overhead.jsonl'}" in output.out
-    assert output.err.count("\n") == 1
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["overhead.jsonl"]
+    assert {r["complete"] for r in lines} == {False}
+    path = tmp_path / "out" / "overhead.jsonl"
+    assert output.err == f"stopped; {len(lines)} rows are kept in {path}\n"
+    assert "stopped" not in output.out
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"overhead.jsonl"} | (set() if again else {"overhead.png"})
+
+
+def title_of(monkeypatch, lines, path):
+    titles = []
+    monkeypatch.setattr(overhead_report.Figure, "suptitle", lambda self, text: titles.append(text))
+    assert overhead_report.draw(lines, "a device", path)
+    return titles[0].splitlines()
+
+
+def test_a_stopped_run_of_any_length_has_its_plot(brief, no_peer, tmp_path, monkeypatch):
+    _, lines = run(tmp_path / "out", "--sizes", "600")
+    whole = title_of(monkeypatch, lines, tmp_path / "x.png")
+    assert whole == ["Pruning overhead on a device", "--quick figures, too short to quote"]
+    assert not overhead_report.draw([], "a device", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    for count in (1, 4, 8, 16, len(lines) - 4, len(lines)):
+        stopped = [{**r, "complete": False} for r in lines[:count]]
+        assert title_of(monkeypatch, stopped, tmp_path / "x.png")[-1] == "stopped midway"
+
+
+def test_others_at_work_are_told_of(brief, no_peer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    loads = iter([(2.1, 0.0, 0.0)])
+    monkeypatch.setattr(os, "getloadavg", lambda: next(loads))
+    code, lines = run(tmp_path / "out", "--sizes", "600")
+    assert code == 0
+    busy = "the machine is busy: load average 2.10 of 4 cores: times are high"
+    said = capsys.readouterr().out.splitlines()
+    assert said[2] == said[-3] == f"WARNING: {busy}"
+    assert title_of(monkeypatch, lines, tmp_path / "x.png")[-1] == busy
+    assert {(r["options"]["load_average"], r["options"]["cores"]) for r in lines} == {(2.1, 4)}
+    assert overhead_report.cautions({"load_average": 2.0, "cores": 4}, False) == []
+
+
+def test_the_script_measures_the_checkout_it_lies_in(tmp_path):
+    (tmp_path / "infobatch_fast").mkdir()
+    (tmp_path / "infobatch_fast" / "__init__.py").write_text("raise SystemExit('another copy')")
+    done = subprocess.run(
+        [sys.executable, overhead.__file__, "--ratio", "2"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "error: ratio must be in (0, 1), got 2.0\n")
 
 
 def test_the_steps_differ_in_infobatch_alone():

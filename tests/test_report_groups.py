@@ -15,13 +15,14 @@ from infobatch_fast.report_groups import (
     sections,
     state_of,
 )
-from infobatch_fast.report_records import read
+from infobatch_fast.report_read import read
 
 
 def grouped(tmp_path, *specifications):
     """The sections of runs given as (config, other arguments of write_run), named by letters."""
     for number, (config, other) in enumerate(specifications):
-        write_run(tmp_path / f"{number:02}", config, **other)
+        # Of equal accuracies and seeds they would be copies of one run.
+        write_run(tmp_path / f"{number:02}", config, **{"accuracy": 0.8 + number / 1000, **other})
     runs = read([tmp_path]).runs
     assert len(runs) == len(specifications)
     return sections(runs, main_source(runs)[0])
@@ -109,8 +110,72 @@ def test_seeds_and_what_does_not_matter_share_a_row(tmp_path):
         ({"seed": 0}, {}),
         ({"seed": 1, "loader": "dali", "eval_every": 2, "checkpoint_every": 5}, {}),
         ({"seed": 2, "preset": "paper", "synthetic_samples": 7}, {}),
+        ({"seed": 3, "telemetry": False}, {}),
+        ({"seed": 4, "host_syncs": "count"}, {}),
     )
-    assert rows(section) == [("InfoBatch r=0.5", "abc")]
+    assert rows(section) == [("InfoBatch r=0.5", "abcde")]
+
+
+def test_equal_titles_get_what_tells_them_apart(tmp_path):
+    found = grouped(
+        tmp_path,
+        ({"weight_decay": 0.0001, "compile": True}, {}),
+        ({}, {}),
+        ({"graph": True}, {}),  # of a record newer than the others
+        ({"epochs": 5, "amp": "bf16"}, {}),  # told apart by its epochs
+    )
+    recipe = "batch 200, sgd, max lr 0.4"
+    device = "; Test CPU (cpu, torch threads: 1)"
+    assert [section.title for section in found] == [
+        f"small on cifar10, 4 epochs, {recipe}, {apart}{device}"
+        for apart in (
+            "compile True, graph not recorded, weight_decay 0.0001",
+            "compile False, graph not recorded, weight_decay 0.0005",
+            "compile False, graph True, weight_decay 0.0005",
+        )
+    ] + [f"small on cifar10, 5 epochs, {recipe}{device}"]
+
+
+def test_one_epoch_is_no_epochs(tmp_path):
+    (section,) = grouped(tmp_path, ({"epochs": 1}, {"done": 0}))
+    assert section.title.startswith("small on cifar10, 1 epoch, batch 200")
+    assert state_of(section.runs[0], SOURCE) == "INCOMPLETE: 0 of 1 epoch"
+
+
+def test_a_copy_counts_once(tmp_path):
+    # The second and the fourth are the first's; the third has its seed, but is another run.
+    (section,) = grouped(
+        tmp_path,
+        ({}, {"accuracy": 0.8}),
+        ({}, {"accuracy": 0.8, "about": {"source_hash": OTHER_SOURCE}}),
+        ({}, {"accuracy": 0.81}),
+        ({}, {"accuracy": 0.8, "about": {"source_hash": OTHER_SOURCE}}),
+        ({"seed": 1}, {"accuracy": 0.8}),  # a fixture's epochs alone: real ones take other times
+    )
+    assert rows(section) == [("InfoBatch r=0.5", "ace")]
+    assert same_seeds(section.rows[0].runs) == [0]
+    runs = read([tmp_path]).runs
+    assert main_source(runs) == (SOURCE, False)
+    assert [run.copy_of for run in runs] == [None, "a", None, "a", None]
+    assert [state_of(run, SOURCE) for run in runs[:3]] == [
+        "complete",
+        "complete; copy of a, not counted; OTHER SOURCE",
+        "complete",
+    ]
+
+
+def test_the_complete_one_of_two_copies_is_the_original(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    (tmp_path / "a" / "summary.json").unlink()
+    first, second = read([tmp_path]).runs
+    assert (first.copy_of, second.copy_of) == ("b", None)
+
+
+def test_runs_that_have_not_begun_are_no_copies(tmp_path):
+    write_run(tmp_path / "a", done=0)
+    write_run(tmp_path / "b", {"ratio": 0.3}, done=0)
+    assert [run.copy_of for run in read([tmp_path]).runs] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -238,3 +303,17 @@ def test_same_seeds(tmp_path):
     (section,) = grouped(tmp_path, ({"seed": 1}, {}), ({"seed": 0}, {}), ({"seed": 1}, {}))
     assert same_seeds(section.runs) == [1]
     assert same_seeds(section.runs[:2]) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "watched"),
+    [
+        ({}, False),
+        ({"host_syncs": "count"}, True),
+        ({"host_syncs": "forbid"}, True),
+        ({"host_syncs": "count", "device": "cuda"}, False),
+    ],
+)
+def test_host_syncs_are_slow_to_look_for_on_a_cpu(tmp_path, config, watched):
+    write_run(tmp_path / "one", config)
+    assert read([tmp_path]).runs[0].watched == watched

@@ -209,13 +209,17 @@ def test_state_continues_bit_for_bit(optimizer: str, amp: str, tmp_path) -> None
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11's own compiler
-def test_compiled_step_learns_the_same() -> None:
-    plain, compiled = make_step(), make_step(compile=True)
-    for seed in range(3):
-        plain(*make_batch(seed), 0.05, 0.9)
-        compiled(*make_batch(seed), 0.05, 0.9)
+@pytest.mark.parametrize(("amp", "limit"), [("off", 1e-3), ("bf16", 0.02)])
+def test_fifty_compiled_steps_follow_the_eager_ones(amp: str, limit: float) -> None:
+    # Compiled, what is pointwise is fused: bfloat16 is rounded less often, sums may be in another
+    # order.
+    plain, compiled = make_step("lars", amp=amp), make_step("lars", amp=amp, compile=True)
+    for seed in range(50):
+        for step in (plain, compiled):
+            step.begin_epoch()
+            step(*make_batch(seed), 1.0, 0.9)
+        assert compiled.read_counts().loss == pytest.approx(plain.read_counts().loss, rel=limit)
     assert list(compiled.state_dict()["model"]) == list(plain.state_dict()["model"])
-    assert compiled.read_counts().loss == pytest.approx(plain.read_counts().loss, rel=1e-3)
 
 
 def test_a_compiler_that_fails_is_told_and_nothing_is_lost(monkeypatch) -> None:

@@ -133,6 +133,23 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert about["samples"] == {"train": 300, "test": 60}
 
 
+@pytest.mark.parametrize(
+    ("tests", "free", "batch"),
+    [
+        (10_000, 2**37, 5000),  # 8192 at most, in two equal batches
+        (10_000, 2**33, 500),
+        (10_000, 2**20, 250),
+        (60, 2**37, 60),
+        (10_001, 2**37, 5001),
+    ],
+)
+def test_evaluation_is_as_large_as_memory_likes(monkeypatch, tests, free, batch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**38))
+    assert train.evaluation_batch(tests, torch.device("cuda", 0)) == batch
+    assert train.evaluation_batch(10_000, torch.device("cpu")) == 1000
+    assert train.evaluation_batch(1001, torch.device("cpu")) == 501
+
+
 def test_what_a_user_reads(finished: Path) -> None:
     lines = (finished.parent / "output").read_text().splitlines()
     assert lines[0].startswith("preset     quick")
