@@ -123,7 +123,8 @@ def _time_line(summary: dict[str, Any]) -> str:
     line = f"time       {summary['seconds']:.1f} s: training {training:.1f} s, "
     if pruning is not None:
         share = pruning / max(pruning + training, 1e-9)
-        line += f"pruning {pruning:.3f} s ({share:.2%} of both), "
+        part = "" if summary["update_timed"] else "; the update is in the step"
+        line += f"pruning {pruning:.3f} s ({share:.2%} of both{part}), "
     return line + (
         f"evaluation {summary['evaluation_seconds']:.1f} s, "
         f"checkpoints {summary['checkpoint_seconds']:.1f} s"

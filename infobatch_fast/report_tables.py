@@ -136,6 +136,13 @@ def run_tables(runs: Sequence[Run], source: str) -> list[Block]:
     ]
     if any(run.watched for run in runs):
         blocks.append(Text(f"SLOWER: {_WATCHED}"))
+    if any(run.figure("update_timed") is False for run in runs):
+        blocks.append(
+            Text(
+                "PART: the choosing and what of the update is not in one kernel or CUDA graph with "
+                "the step; the overhead benchmark measures the whole."
+            )
+        )
     if any(run.epochs and run.pruning_seconds is None for run in runs):
         blocks.append(
             Text(
@@ -221,7 +228,9 @@ def notes(section: Section) -> list[Block]:
 
 def _pruning(run: Run) -> str:
     seconds = run.pruning_seconds
-    return _percent(seconds / 60 / run.minutes) if seconds is not None and run.minutes else NONE
+    if seconds is None or not run.minutes:
+        return NONE
+    return _percent(seconds / 60 / run.minutes) + " (PART)" * (run.figure("update_timed") is False)
 
 
 def number(value: float | None) -> str:

@@ -472,3 +472,16 @@ def test_a_table_of_nothing_is_left_out_where_nothing_is_reported(tmp_path):
     # Once beside the reported figures, of which none is measured, and of this setting.
     assert text.count("**Accuracy and minutes by r**") == 2
     assert text.count("**Ablation at r = 0.5**") == 1
+
+
+def test_pruning_that_is_in_part_in_the_step_is_said_to_be(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "whole")
+    part = write_run(tmp_path / "part", {"seed": 1})
+    path = part / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "update_timed": False}))
+    assert main([str(whole), str(part), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("1.00 (PART) |") == 1
+    assert text.count("PART: the choosing and what of the update is not in one kernel") == 1
+    assert main([str(whole), "--out", str(tmp_path / "out")]) == 0
+    assert "PART" not in (tmp_path / "out" / "report.md").read_text()

@@ -130,6 +130,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
     for line in epochs:
         assert sum(line["score_histogram"]["counts"]) == 300
     assert summary["nvml"]["absent"] == {"all": "the device is no GPU"}
+    assert summary["update_timed"] is True
     assert about["samples"] == {"train": 300, "test": 60}
 
 
