@@ -177,7 +177,7 @@ class TrainStep:
     def _count(self, loss: Tensor, size: int, weight: float | Tensor) -> None:
         skipped = self.found_inf.double()
         taken = 1 - skipped
-        total = torch.where(skipped == 0, loss.double() * size, 0.0)
+        total = (loss.double() * size).masked_fill(skipped != 0, 0.0)
         row = (self.counts[3] + 1) * skipped
         self.counts.copy_(
             torch.stack(
