@@ -176,7 +176,8 @@ def trace_syncs(call: Callable[[], object]) -> TracedSyncs:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    # acc_events: without it torch 2.11 warns, though there is one cycle alone.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         with (
             torch.autograd.set_multithreading_enabled(False),
             torch.profiler.record_function(_MARKER),
