@@ -775,7 +775,7 @@ def test_kernels_of_a_resnet50_step(kind):
     for p in params:
         p.grad = torch.randn_like(p)
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         optimizer.step()
         torch.cuda.synchronize()
     device = torch.autograd.DeviceType.CUDA
