@@ -35,7 +35,6 @@ from kernels_host import measure_choosing, record_counts
 from kernels_report import draw, tables
 from kernels_step import resnet50_params
 from kernels_timing import Bench, measure_case, proven
-from overhead_report import cautions
 from tqdm import tqdm
 
 from infobatch_fast import measure, record
@@ -111,7 +110,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
     lines = Lines(folder / "kernels_bench.jsonl", "kernels", device, asked, quick=options.quick)
     name = f"{record.describe(device)['name']} ({device.type})"
     say(f"{'device':10} {name}: all figures are of it")
-    warnings = [f"WARNING: {caution}" for caution in cautions(asked, options.quick)]
+    warnings = [f"WARNING: {caution}" for caution in measure.cautions(asked, options.quick)]
     for warning in warnings:
         say(warning)
     plot = folder / "kernels_bench.png"

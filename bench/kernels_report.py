@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from overhead_report import cautions
 
+from infobatch_fast import measure
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.tables import figures, markdown, seconds
 
@@ -153,7 +153,7 @@ def draw(lines: Sequence[Line], device: str, path: Path) -> bool:
         for axis, (panel, of) in zip(axes, parts, strict=True):
             panel(axis, of)
         title = f"What the kernels save, as far as a CPU can tell: {device}"
-    notes = cautions(rows[0]["options"], rows[0]["quick"])
+    notes = measure.cautions(rows[0]["options"], rows[0]["quick"])
     if not rows[0]["complete"]:
         notes.append("stopped midway")
     texts = (title, "; ".join(notes))

@@ -40,11 +40,11 @@ from typing import Annotated
 import torch
 import tyro
 from overhead_parts import Bench, measure_alone, measure_epoch, measure_steps, measure_telemetry
-from overhead_report import cautions, draw, tables
+from overhead_report import draw, tables
 from overhead_sides import Setting, Steps, lack_of_memory, least_size, sure_to_keep
 from tqdm import tqdm
 
-from infobatch_fast import record
+from infobatch_fast import measure, record
 from infobatch_fast.command import Interrupted, Say, command, is_out_of_memory, parse
 from infobatch_fast.errors import UserError, unknown_name
 from infobatch_fast.measure import Lines
@@ -148,7 +148,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
     lines = Lines(folder / "overhead.jsonl", "overhead", device, asked, quick=options.quick)
     name = _device_name(device)
     say(f"{'device':10} {name}: all figures are of it")
-    warnings = [f"WARNING: {caution}" for caution in cautions(asked, options.quick)]
+    warnings = [f"WARNING: {caution}" for caution in measure.cautions(asked, options.quick)]
     for warning in warnings:
         say(warning)
     plot = folder / "overhead.png"

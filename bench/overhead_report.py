@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from overhead_parts import PAIRED, find
 from overhead_sides import SIDES
 
+from infobatch_fast import measure
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.tables import figures, markdown, seconds
 
@@ -25,21 +26,6 @@ COLOURS = {  # Okabe and Ito's, with a marker and a line each
     "none": ("#009E73", "^", ":"),
     "original": ("#D55E00", "D", "-."),
 }
-
-
-def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
-    """What a reader of the figures must know.
-
-    Args:
-        options: of a line.
-        quick: the same.
-    """
-    said = ["--quick figures, too short to quote"] if quick else []
-    load, cores = options["load_average"], options["cores"]
-    if load > cores / 2:
-        busy = f"load average {figures(load)} of {cores} cores"
-        said.append(f"the machine is busy: {busy}: times are high")
-    return said
 
 
 def tables(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -195,7 +181,7 @@ def draw(lines: Sequence[Mapping[str, Any]], device: str, path: Path) -> bool:
     if not find(lines, "choose", clock="wall"):  # the first that is measured
         return False
     figure = Figure(figsize=(12, 5.4), dpi=110, layout="constrained")
-    notes = cautions(lines[0]["options"], lines[0]["quick"])
+    notes = measure.cautions(lines[0]["options"], lines[0]["quick"])
     if not lines[0]["complete"]:
         notes.append("stopped midway")
     title = f"Pruning overhead on {device}"

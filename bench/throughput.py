@@ -218,7 +218,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
         f"data       {data.name} ({data.source}): {len(data.labels):,} images; a loader's pass: "
         f"{scope.samples:,} of them, {MOST_WITHOUT_WORKERS:,} at most without workers"
     )
-    cautions = throughput_report.cautions(recorded, options.quick)
+    cautions = measure.cautions(recorded, options.quick)
     if data.source != "genuine" and os.environ.get("INFOBATCH_DATA"):
         cautions.append("SYNTHETIC images, as there is no CIFAR-10 in $INFOBATCH_DATA")
     warnings = [f"WARNING: {caution}" for caution in cautions]

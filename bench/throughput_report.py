@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from training_rows import epoch_name
 
+from infobatch_fast import measure
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.tables import figures, markdown
 
@@ -26,21 +27,6 @@ FULL, PRUNED = ("#0072B2", "o"), ("#E69F00", "s")
 ALONE, LOADER, DATASET = ("#000000", "D"), ("#D55E00", "^"), ("#56B4E9", "*")
 
 Line = Mapping[str, Any]
-
-
-def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
-    """What a reader of the figures must know.
-
-    Args:
-        options: of a line.
-        quick: the same.
-    """
-    said = ["a --quick run: too short to quote"] if quick else []
-    load, cores = options["load_average"], options["cores"]
-    if load > cores / 2:
-        busy = f"load average {figures(load)} of {cores} cores"
-        said.append(f"the machine is busy: {busy}: figures are low")
-    return said
 
 
 def summary(lines: Sequence[Line]) -> list[str]:
@@ -135,7 +121,7 @@ def draw(lines: Sequence[Line], path: Path) -> bool:
     about = [f"data: {options['data']} ({options['source']})"]
     if not rows[0]["complete"]:
         about.append("stopped midway")
-    notes = ["; ".join(about), *cautions(options, rows[0]["quick"])]
+    notes = ["; ".join(about), *measure.cautions(options, rows[0]["quick"])]
     figure.suptitle("\n".join([title, *notes]), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -19,6 +19,7 @@ import torch
 from infobatch_fast import record
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.errors import UserError, reason
+from infobatch_fast.tables import figures
 
 LINE = (
     "benchmark",  # overhead, throughput, ...
@@ -199,6 +200,21 @@ def limits(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> di
         )
         best[name] = work / min(took[name])
     return best
+
+
+def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
+    """What a reader of a benchmark's figures must know.
+
+    Args:
+        options: of a line, with load_average, of others before the benchmark began, and cores.
+        quick: of the line.
+    """
+    said = ["a --quick run: too short to quote"] if quick else []
+    load, cores = options["load_average"], options["cores"]
+    if load > cores / 2:
+        busy = f"load average {figures(load)} of {cores} cores"
+        said.append(f"the machine is busy: {busy}: it is faster than these figures")
+    return said
 
 
 class Lines:

@@ -735,7 +735,7 @@ def title_of(monkeypatch, lines, path):
 def test_a_stopped_run_of_any_length_has_its_plot(brief, no_peer, tmp_path, monkeypatch):
     _, lines = run(tmp_path / "out", "--sizes", "600")
     whole = title_of(monkeypatch, lines, tmp_path / "x.png")
-    assert whole == ["Pruning overhead on a device", "--quick figures, too short to quote"]
+    assert whole == ["Pruning overhead on a device", "a --quick run: too short to quote"]
     assert not overhead_report.draw([], "a device", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     for count in (1, 4, 8, 16, len(lines) - 4, len(lines)):
@@ -749,12 +749,12 @@ def test_others_at_work_are_told_of(brief, no_peer, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(os, "getloadavg", lambda: next(loads))
     code, lines = run(tmp_path / "out", "--sizes", "600")
     assert code == 0
-    busy = "the machine is busy: load average 2.10 of 4 cores: times are high"
+    busy = "the machine is busy: load average 2.10 of 4 cores: it is faster than these figures"
     said = capsys.readouterr().out.splitlines()
     assert said[2] == said[-3] == f"WARNING: {busy}"
     assert title_of(monkeypatch, lines, tmp_path / "x.png")[-1] == busy
     assert {(r["options"]["load_average"], r["options"]["cores"]) for r in lines} == {(2.1, 4)}
-    assert overhead_report.cautions({"load_average": 2.0, "cores": 4}, False) == []
+    assert measure.cautions({"load_average": 2.0, "cores": 4}, False) == []
 
 
 def test_the_script_measures_the_checkout_it_lies_in(tmp_path):

@@ -663,7 +663,7 @@ def test_others_at_work_and_synthetic_images_are_told_of(
     out = tmp_path / "out"
     words = "--quick --samples 64 --batch-sizes 32 --workers 1"
     assert throughput.main([*words.split(), "--out", str(out)]) == 0
-    busy = "the machine is busy: load average 2.10 of 4 cores: figures are low"
+    busy = "the machine is busy: load average 2.10 of 4 cores: it is faster than these figures"
     warnings = [
         "WARNING: a --quick run: too short to quote",
         f"WARNING: {busy}",
@@ -675,7 +675,7 @@ def test_others_at_work_and_synthetic_images_are_told_of(
     assert {(n["options"]["load_average"], n["options"]["cores"]) for n in lines} == {(2.1, 4)}
     title = title_of(monkeypatch, lines, tmp_path).splitlines()
     assert title[1:] == ["data: synthetic (synthetic)", *(w[9:] for w in warnings[:2])]
-    assert throughput_report.cautions({"load_average": 2.0, "cores": 4}, False) == []
+    assert measure.cautions({"load_average": 2.0, "cores": 4}, False) == []
 
 
 def test_the_script_measures_the_checkout_it_lies_in(tmp_path: Path) -> None:
