@@ -85,8 +85,9 @@ class OnDevice:
         return chosen.batch(start, stop)
 
     def update(self, losses: Tensor, batch: Batch) -> Tensor:
-        """The rescaled mean, and the record as the training step has it."""
+        """The rescaled mean, record and sum of weights that a step has; kernels may join them."""
         self.infobatch.record(losses, batch, self._found_inf)
+        batch.weights.sum(dtype=torch.float64)
         return reference.rescaled_mean(losses, batch.weights)
 
     def recorded(self, indices: Indices) -> Floats | None:
