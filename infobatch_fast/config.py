@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import tyro
 
 from infobatch_fast import command
+from infobatch_fast.budget import RATIO_SCHEDULES
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.infobatch import check_delta, check_ratio
+from infobatch_fast.infobatch import check_delta, check_ratio, check_target
 from infobatch_fast.models import MODELS
 from infobatch_fast.optim import OPTIMIZERS
-from infobatch_fast.policies import POLICIES
+from infobatch_fast.policies import POLICIES, SCORES
 
 DATASETS = ("cifar10", "cifar100", "synthetic")
 AMP = ("bf16", "fp16", "off")
@@ -30,6 +31,8 @@ RESUMABLE = ("data_dir", "loader", "checkpoint_every", "eval_every", "telemetry"
 EVALUABLE = ("data_dir", "device")
 
 _FOLDER = tyro.conf.arg(metavar="PATH", help_behavior_hint="")
+
+_NUMBER = tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")
 
 
 def _one_of(*names: str, hint: str | None = None) -> Any:
@@ -48,9 +51,15 @@ class Config:
         preset: any other flag overrides what it sets.
         ratio: share of the well-learned samples that an epoch leaves out, in [0, 1).
         delta: share of the epochs that prune, in [0, 1]; the rest train on all data. 0: full data.
-        policy: which samples may be left out: soft is InfoBatch, random is any seen before.
-        rescale: weight the kept well-learned samples so that the expected gradient is unchanged.
+        policy: which samples are left out: soft is InfoBatch, random is any seen before, hard those
+            of lowest loss; orderdp, repb, ucb and seta are later methods; none leaves out none.
+        rescale: weight the kept well-learned samples so that the expected gradient is unchanged;
+            hard, orderdp, ucb and seta have no weights.
         anneal: train on all data in the last (1 - delta) of the epochs.
+        score: of a sample: loss is its last, bls the running mean of its batches' losses.
+        ratio_schedule: pods alternates between epochs of more data and of less, ratio on average.
+        target_saving: share of the samples of the whole run to leave out, in (0, 1): each epoch's
+            ratio is solved from its scores, and --ratio not used. Where that cannot be, it says so.
         model: r18 to r101 are torchvision's ResNets with a CIFAR stem; small is for CPUs.
         epochs: passes over the (pruned) data.
         batch_size: samples a step.
@@ -67,6 +76,8 @@ class Config:
         dataset: synthetic is made on the device from the seed; default cifar10.
         data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
         loader: auto is DALI where it can be imported.
+        data_fraction: share of the training and test images to take, the same ones for every
+            seed, in (0, 1].
         synthetic_samples: training samples of --dataset synthetic; a fifth as many for testing.
         synthetic_classes: classes of --dataset synthetic.
         synthetic_easy: share of easy samples, in [0, 1].
@@ -91,6 +102,9 @@ class Config:
     policy: Annotated[str, _one_of(*POLICIES)] = "soft"
     rescale: bool = True
     anneal: bool = True
+    score: Annotated[str, _one_of(*SCORES)] = "loss"
+    ratio_schedule: Annotated[str, _one_of(*RATIO_SCHEDULES)] = "constant"
+    target_saving: Annotated[float | None, _NUMBER] = None
     model: Annotated[str, _one_of(*MODELS)] = "r50"
     epochs: int = 200
     batch_size: int = 200
@@ -105,6 +119,7 @@ class Config:
     dataset: Annotated[str | None, _one_of(*DATASETS, hint="")] = None
     data_dir: Annotated[Path | None, _FOLDER] = None
     loader: Annotated[str, _one_of(*LOADERS)] = "auto"
+    data_fraction: float = 1.0
     synthetic_samples: int = 50_000
     synthetic_classes: int = 10
     synthetic_easy: float = 0.5
@@ -123,6 +138,8 @@ class Config:
         for argument, value, known in (
             ("preset", self.preset, PRESETS),
             ("policy", self.policy, POLICIES),
+            ("score", self.score, SCORES),
+            ("ratio_schedule", self.ratio_schedule, RATIO_SCHEDULES),
             ("model", self.model, MODELS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("amp", self.amp, AMP),
@@ -136,6 +153,7 @@ class Config:
         try:
             check_ratio(self.ratio)
             check_delta(self.delta)
+            check_target(self.target_saving)
         except ValueError as error:
             raise UserError(str(error)) from None
         least = {
@@ -163,6 +181,8 @@ class Config:
             raise UserError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not 0 < self.data_fraction <= 1:
+            raise UserError(f"data_fraction must be in (0, 1], got {self.data_fraction}")
         for argument in ("synthetic_easy", "synthetic_hard"):
             value = getattr(self, argument)
             if not 0 <= value <= 1:
@@ -201,11 +221,14 @@ def from_record(record: Any) -> Config:
     """
     if not isinstance(record, dict):
         raise UserError(f"the record's config must be an object, got {record!r}")
-    types = {field.name: type(field.default) for field in fields(Config)}
+    types: dict[str, Any] = {field.name: type(field.default) for field in fields(Config)}
+    types |= {"dataset": str, "target_saving": float}  # of which None is the default
     for name, value in record.items():
         if name not in types or name in UNRECORDED:
             raise UserError(f"the record's config has an unknown setting, got {name}")
-        expected = str if name == "dataset" else types[name]
+        expected = types[name]
+        if name == "target_saving" and value is None:
+            continue
         if not isinstance(value, (int, float) if expected is float else expected):
             raise UserError(f"{name} must be {expected.__name__} in the record, got {value!r}")
     return Config(**record)

@@ -5,7 +5,8 @@ from typing import Any
 
 from infobatch_fast.config import Config
 from infobatch_fast.data import Dataset
-from infobatch_fast.infobatch import first_full_epoch
+from infobatch_fast.infobatch import InfoBatch, first_full_epoch
+from infobatch_fast.policies import POLICIES
 
 
 def preset_line(settings: Config, chosen: bool) -> str:
@@ -47,28 +48,79 @@ def header(
     ]
 
 
+PRUNABLE = {"soft": "well-learned", "repb": "samples below the mean of their batch"}
+STRAIN = 0.9  # of the prunable samples left out: a target beyond it is warned of
+REACHED = 0.001  # of all samples: whole samples and batches need not meet a target exactly
+
+
 def pruning_line(settings: Config) -> str:
     """The pruning and its upper bound, delta * ratio * share."""
     delta = settings.delta if settings.anneal or settings.delta == 0 else 1.0
     most = delta * settings.ratio
-    if most == 0 or settings.policy == "none":
+    aimed = settings.target_saving is not None
+    if (delta if aimed else most) == 0 or settings.policy == "none":
         return "pruning    none: every epoch trains on all samples"
     ablations = [
         name
         for name, on in (("no rescaling", settings.rescale), ("no annealing", settings.anneal))
         if not on
     ]
-    line = f"pruning    {', '.join([settings.policy, *ablations])}: saves at most "
-    line += f"delta x ratio x share = {delta:g} x {settings.ratio:g} x share = {most:.1%} x share"
-    line += " of the well-learned" if settings.policy == "soft" else " of the samples seen"
+    if settings.ratio_schedule != "constant":
+        ablations.append(f"{settings.ratio_schedule} schedule")
+    if settings.score != "loss":
+        ablations.append(f"{settings.score} scores")
+    line = f"pruning    {', '.join([settings.policy, *ablations])}: "
+    if aimed:
+        line += f"to save {settings.target_saving:.1%} of all samples"
+    else:
+        line += f"saves at most delta x ratio x share = {delta:g} x {settings.ratio:g} x share = "
+        line += f"{most:.1%} x share of the {PRUNABLE.get(settings.policy, 'samples seen')}"
     full = settings.epochs - first_full_epoch(settings.epochs, delta)
     if full == 1:
         return line + "; the last epoch trains on all"
     return line + (f"; the last {full} epochs train on all" if full else "")
 
 
-def epoch_line(line: dict[str, Any], epochs: int, samples: int) -> str:
-    """One epoch: kept, loss, learning rate, accuracy, images/s, seconds, seconds of pruning."""
+def target_lines(infobatch: InfoBatch) -> list[str]:
+    """What --target-saving asks of each epoch, and whether that can be."""
+    target, most = infobatch.target_saving, infobatch.most_saving
+    assert target is not None
+    if infobatch.policy == "none":
+        return [f"WARNING: target_saving {target:g} cannot be reached: policy none saves nothing"]
+    if target > most:
+        return [
+            f"WARNING: target_saving {target:g} cannot be reached: of the {infobatch.num_epochs} "
+            f"epochs {infobatch.first_full_epoch} prune, the first of them has no scores yet, and "
+            f"so at most {most:.1%} can be saved"
+        ]
+    line = f"target     {target / most:.1%} of the samples out of each epoch that prunes, "
+    if infobatch.policy in PRUNABLE:
+        return [f"{line}reached only if as many are {PRUNABLE[infobatch.policy]}"]
+    return [f"{line}which {infobatch.policy} can do"]
+
+
+def strained(line: dict[str, Any], settings: Config) -> str | None:
+    """That the target leaves nearly nothing of what an epoch may leave out; None if it does not."""
+    target, ratio = settings.target_saving, line["ratio"]
+    if target is None or ratio <= STRAIN:
+        return None
+    kept = line["prunable"] + line["kept"] - line["samples"]
+    text = f"WARNING: target_saving {target:g} keeps {kept:,} of the {line['prunable']:,} prunable "
+    text += f"samples in epoch {line['epoch']}"
+    if settings.rescale and POLICIES[settings.policy].unbiased:
+        text += f", each with weight {line['prunable'] / kept:,.0f}, which may ruin the training"
+    return text + ("; what it could not save falls to later epochs" if ratio == 1 else "")
+
+
+def epoch_line(line: dict[str, Any], epochs: int, samples: int, *, ratio: bool = False) -> str:
+    """One epoch: kept, loss, learning rate, accuracy, images/s, seconds, seconds of pruning.
+
+    Args:
+        line: the epoch's record.
+        epochs: of the run.
+        samples: N.
+        ratio: show the epoch's, where it is not the same for all.
+    """
     width = len(str(epochs))
     loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
     accuracy = "     -" if line["accuracy"] is None else f"{line['accuracy']:6.2%}"
@@ -81,6 +133,8 @@ def epoch_line(line: dict[str, Any], epochs: int, samples: int) -> str:
     )
     if pruning is not None:
         text += f"  pruning {pruning:.4f} s"
+    if ratio:
+        text += f"  r {line['ratio']:.3f}"
     if line["host_syncs"] is not None:
         text += f"  host syncs {line['host_syncs']}"
     if line["skipped_steps"]:
@@ -100,8 +154,16 @@ def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
         f"{summary['samples_saved']:,} ({summary['saved_share']:.1%})",
         _energy_line(summary),
         f"memory     {summary['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
-        f"run        {folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt",
+        f"run        {folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt, "
+        "arrays of the samples (.npy)",
     ]
+    if summary["target_saving"] is not None:
+        reached = summary["saved_share"] >= summary["target_saving"] - REACHED
+        lines.insert(
+            3,
+            f"target     {summary['target_saving']:.1%} of the samples to save: "
+            f"{'reached' if reached else 'NOT REACHED'}, {summary['saved_share']:.1%}",
+        )
     if summary["phases"] is not None:
         lines.insert(2, phases_line(summary["phases"]))
     if summary["host_syncs"] is not None:

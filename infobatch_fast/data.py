@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from infobatch_fast.cifar_files import KINDS, Form, Kind, read_archive, read_folder
+from infobatch_fast.class_names import CLASSES
 from infobatch_fast.dataset import Dataset
 from infobatch_fast.download import download_archive
 from infobatch_fast.errors import UserError, reason, unknown_name
@@ -85,6 +86,7 @@ def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dat
         mean=kind.mean,
         std=kind.std,
         source="genuine",
+        classes=CLASSES[name],
     )
 
 

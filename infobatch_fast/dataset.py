@@ -24,6 +24,25 @@ class Dataset:
     mean: tuple[float, float, float]  # of red, green and blue in [0, 1]
     std: tuple[float, float, float]
     source: str  # "genuine" or "synthetic"
+    classes: tuple[str, ...] | None = None  # names, by label
+
+    def part(self, fraction: float) -> "Dataset":
+        """A share of both splits, of each at least one image: the same ones for every seed.
+
+        Args:
+            fraction: in (0, 1]; 1 is the data set itself.
+        """
+        if fraction == 1:
+            return self
+        taken = {}
+        for images, labels in (("images", "labels"), ("test_images", "test_labels")):
+            number = getattr(self, labels).numel()
+            drawn = torch.randperm(number, generator=torch.Generator().manual_seed(number))
+            some = drawn[: max(1, round(fraction * number))].sort().values
+            for name in (images, labels):
+                tensor = getattr(self, name)
+                taken[name] = tensor[some.to(tensor.device)]
+        return replace(self, **taken)
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data with its four tensors on `device`."""

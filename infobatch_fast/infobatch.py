@@ -6,21 +6,21 @@ Dimensions: N samples, n prunable, k of those kept, K kept in all, B batch, T lo
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from infobatch_fast.budget import RATIO_SCHEDULES, Budget, scheduled_ratio, to_save
 from infobatch_fast.errors import unknown_name
 from infobatch_fast.kernels import reference
-from infobatch_fast.kernels.select import Kernels, triton_kernels
-from infobatch_fast.policies import POLICIES
+from infobatch_fast.kernels.select import triton_kernels
+from infobatch_fast.policies import POLICIES, SCORES, Choice, View, soft
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Batch(NamedTuple):
@@ -45,6 +45,8 @@ class Plan:
         num_prunable: n, the samples that the policy allowed to be left out; 0 in a full epoch.
         indices: (K,) int64.
         weights: (K,) float32.
+        ratio: the share of the prunable samples to be left out, before rounding to whole samples
+            and batches.
     """
 
     epoch: int
@@ -52,6 +54,12 @@ class Plan:
     num_prunable: int
     indices: Tensor
     weights: Tensor
+    ratio: float = 0.0
+
+    @property
+    def expected_saving(self) -> float:
+        """The share of all samples to be left out: ratio n / N."""
+        return self.ratio * self.num_prunable / self.num_samples
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -91,6 +99,20 @@ def check_delta(delta: float) -> None:
         raise ValueError(f"delta must be in [0, 1], got {delta}")
 
 
+def check_target(target: float | None) -> None:
+    """Raise ValueError unless target is None or in (0, 1)."""
+    if target is not None and not 0 < target < 1:
+        raise ValueError(f"target_saving must be in (0, 1), got {target}")
+
+
+class _Past(NamedTuple):
+    """What an epoch is drawn from besides the scores."""
+
+    memory: Mapping[str, Tensor]
+    last: Tensor | None  # (K,) int64, the epoch before, for policies that remember
+    saved: int  # samples left out so far
+
+
 class InfoBatch:
     """Scores of N samples, and the epochs drawn from them.
 
@@ -103,9 +125,16 @@ class InfoBatch:
         seed: with the epoch, the one source of randomness; torch's global generators are neither
             read nor seeded.
         device: where the scores live and the plans are drawn; None is CUDA where there is one.
-        policy: soft (InfoBatch), random or none.
-        rescale: weight the prunable samples that were kept by n/k. False is an ablation.
+        policy: soft (InfoBatch) or another of `policies.POLICIES`. One that remembers has its
+            epochs drawn in their order.
+        rescale: weight the prunable samples that were kept by n/k (repb has weights of its own;
+            biased policies have none). False is an ablation.
         anneal: False prunes to the last epoch, an ablation (delta = 0 stays full-data).
+        score: loss, the sample's last; or bls, of `policies.SCORES`.
+        ratio_schedule: constant, or pods, which swings the ratio around its mean.
+        target_saving: share of the samples of all epochs that the run shall leave out, in (0, 1).
+            Each epoch's ratio is then solved from its scores, and `ratio` is not used. What an
+            epoch cannot save falls to the later ones; see `most_saving`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -130,13 +159,22 @@ class InfoBatch:
         policy: str = "soft",
         rescale: bool = True,
         anneal: bool = True,
+        score: str = "loss",
+        ratio_schedule: str = "constant",
+        target_saving: float | None = None,
     ) -> None:
         _check_count("num_samples", num_samples)
         _check_count("num_epochs", num_epochs)
         check_ratio(ratio)
         check_delta(delta)
-        if policy not in POLICIES:
-            raise ValueError(unknown_name("policy", policy, POLICIES))
+        check_target(target_saving)
+        for argument, value, known in (
+            ("policy", policy, POLICIES),
+            ("score", score, SCORES),
+            ("ratio_schedule", ratio_schedule, RATIO_SCHEDULES),
+        ):
+            if value not in known:
+                raise ValueError(unknown_name(argument, value, known))
         self.num_samples = int(num_samples)
         self.num_epochs = int(num_epochs)
         self.ratio = float(ratio)
@@ -145,6 +183,9 @@ class InfoBatch:
         self.policy = policy
         self.rescale = bool(rescale)
         self.anneal = bool(anneal)
+        self.score = score
+        self.ratio_schedule = ratio_schedule
+        self.target_saving = None if target_saving is None else float(target_saving)
         self.first_full_epoch = first_full_epoch(self.num_epochs, self.delta)
         if not anneal and delta > 0:
             self.first_full_epoch = self.num_epochs
@@ -152,6 +193,8 @@ class InfoBatch:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
         triton_kernels(self.scores.device)  # proven now, not in the first epoch
+        self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
+        self._past = self._after = _Past({}, None, 0)
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -176,49 +219,86 @@ class InfoBatch:
             raise ValueError(f"epoch must be in [0, {self.num_epochs}), got {epoch}")
         if batch_size is not None:
             _check_count("batch_size", batch_size)
-        prunes = epoch < self.first_full_epoch and self.ratio > 0 and self.policy != "none"
-        kernels = triton_kernels(self.scores.device)
-        draw = self._draw if kernels is None else partial(self._draw_by_kernels, kernels)
-        n, indices, weights = draw(_mix(self.seed, epoch), prunes, batch_size)
-        return Plan(epoch, self.num_samples, n, indices, weights)
+        if epoch != self._epoch:
+            self._past, self._epoch = self._after, epoch
+        budget = self._budget(epoch)
+        policy = POLICIES[self.policy]
+        if epoch < self.first_full_epoch and budget.prunes and self.policy != "none":
+            plan, memory = self._draw(epoch, budget, batch_size)
+        else:
+            plan, memory = self._draw_all(epoch), self._past.memory
+        last = plan.indices if policy.memory else None
+        saved = self._past.saved + self.num_samples - len(plan)
+        self._after = _Past(memory, last, saved)
+        return plan
 
-    def _draw(self, key: int, prunes: bool, batch_size: int | None) -> tuple[int, Tensor, Tensor]:
-        scores = self.scores
+    @property
+    def most_saving(self) -> float:
+        """An upper bound of the share that a run can save: all epochs but the full ones.
+
+        The first is full, having no scores. How near a run comes depends on the policy, too: soft
+        can leave out at most the samples below the mean.
+        """
+        return max(0, self.first_full_epoch - 1) / self.num_epochs
+
+    def _budget(self, epoch: int) -> Budget:
+        schedule = self.ratio_schedule, epoch, self.first_full_epoch
+        if epoch >= self.first_full_epoch:
+            return Budget(0.0)
+        if self.target_saving is None:
+            return Budget(scheduled_ratio(self.ratio, *schedule))
+        left = self.target_saving * self.num_samples * self.num_epochs - self._past.saved
+        return Budget(0.0, to_save(left, *schedule))
+
+    def _draw_all(self, epoch: int) -> Plan:
+        device = self.scores.device
+        kernels = triton_kernels(device)
+        key = _mix(self.seed, epoch)
+        if kernels is not None:
+            order = kernels.shuffle(self.num_samples, key, device)
+        else:
+            generator = torch.Generator(device).manual_seed(key)
+            order = torch.randperm(self.num_samples, generator=generator, device=device)
+        return Plan(epoch, self.num_samples, 0, order, torch.ones_like(self.scores))
+
+    def _draw(
+        self, epoch: int, budget: Budget, batch_size: int | None
+    ) -> tuple[Plan, Mapping[str, Tensor]]:
+        scores, key = self.scores, _mix(self.seed, epoch)
+        kernels = triton_kernels(scores.device)
+        policy = POLICIES[self.policy]
         generator = torch.Generator(scores.device).manual_seed(key)
-        n = 0
-        prunable = scores
-        if prunes:
-            prunable = POLICIES[self.policy](scores)
-            n = int(prunable.sum())  # the epoch's one host sync: K sizes the plan and the loader
-        if n == 0:
-            order = torch.randperm(self.num_samples, generator=generator, device=scores.device)
-            return 0, order, torch.ones_like(scores)
-        k = self._keep(n, batch_size)
-        return n, *reference.choose(prunable, n, k, self._weight(n, k), generator)
-
-    def _draw_by_kernels(
-        self, kernels: Kernels, key: int, prunes: bool, batch_size: int | None
-    ) -> tuple[int, Tensor, Tensor]:
-        scores = self.scores
-        n = 0
+        by_scores = kernels is not None and policy.choose is soft
+        if by_scores:  # it needs no mask: the kernel compares as it goes
+            choice = Choice(scores)
+        else:
+            tail = first_full_epoch(self.num_epochs, self.delta)
+            last, memory = self._past.last, self._past.memory
+            choice = policy.choose(View(scores, epoch, tail, budget, generator, last, memory))
         positions = scores
-        if prunes:
-            if self.policy == "soft":  # which needs no mask: the kernel compares as it goes
-                positions, count = kernels.partition(scores, kernels.threshold(scores))
-            else:
-                positions, count = kernels.partition(POLICIES[self.policy](scores))
-            n = int(count)  # the epoch's one host sync, as above
+        if kernels is not None and choice.priority is None:
+            limit = kernels.threshold(scores) if by_scores else None
+            positions, count = kernels.partition(choice.prunable, limit)
+        else:
+            count = choice.prunable.sum()
+        n = int(count)  # the epoch's one host sync: K sizes the plan and the loader
         if n == 0:
-            order = kernels.shuffle(self.num_samples, key, scores.device)
-            return 0, order, torch.ones_like(scores)
-        k = self._keep(n, batch_size)
-        return n, *kernels.choose(positions, n, k, self._weight(n, k), key)
+            return self._draw_all(epoch), choice.memory
+        k = self._keep(n, budget.kept(n), batch_size)
+        own = choice.weights if self.rescale else None
+        weight = n / k if self.rescale and policy.unbiased else 1.0
+        if kernels is not None and choice.priority is None:
+            indices, weights = kernels.choose(positions, n, k, weight, key)
+        else:
+            indices, weights = reference.choose(
+                choice.prunable, n, k, weight, generator, choice.priority
+            )
+        if own is not None:
+            weights = own.index_select(0, indices)
+        ratio = 1 - budget.kept(n) / n
+        return Plan(epoch, self.num_samples, n, indices, weights, ratio), choice.memory
 
-    def _weight(self, n: int, k: int) -> float:
-        return n / k if self.rescale else 1.0
-
-    def _keep(self, n: int, batch_size: int | None) -> int:
-        target = (1 - self.ratio) * n
+    def _keep(self, n: int, target: float, batch_size: int | None) -> int:
         exact = max(1, round(target))
         if batch_size is None:
             return exact
@@ -246,7 +326,8 @@ class InfoBatch:
         kernels = triton_kernels(self.scores.device)
         tensors = [tensor.contiguous() for tensor in (losses, batch.weights, batch.indices)]
         here = all(tensor.device == self.scores.device for tensor in tensors)
-        if kernels is not None and here and batch.weights.dtype == torch.float32:
+        plain = self.score == "loss"
+        if kernels is not None and plain and here and batch.weights.dtype == torch.float32:
             return kernels.update(*tensors, self.scores)
         self.record(losses, batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
@@ -265,6 +346,8 @@ class InfoBatch:
         kernels = triton_kernels(device)
         operation = reference.record if kernels is None else kernels.record
         indices = _onto(batch.indices, device).contiguous()
+        if self.score != "loss":
+            losses = SCORES[self.score](self.scores.index_select(0, indices), losses)
         operation(self.scores, indices, losses.contiguous(), found_inf)
 
     def _settings(self) -> dict[str, Any]:
@@ -277,18 +360,32 @@ class InfoBatch:
             "policy": self.policy,
             "rescale": self.rescale,
             "anneal": self.anneal,
+            "score": self.score,
+            "ratio_schedule": self.ratio_schedule,
+            "target_saving": self.target_saving,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores (a copy) and the settings they belong to, loadable with weights_only."""
-        return {"version": STATE_VERSION, "scores": self.scores.clone(), **self._settings()}
+        """The scores (a copy), what the policy remembers, and the settings that they belong to.
+
+        It is loadable with weights_only.
+        """
+        return {
+            "version": STATE_VERSION,
+            "scores": self.scores.clone(),
+            "epoch": self._epoch,
+            "past": _as_dict(self._past),
+            "after": _as_dict(self._after),
+            **self._settings(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Take over the scores of `state_dict()`, onto this object's device.
 
         Args:
             state: from `state_dict()`.
-            strict: refuse a state of other settings (ratio, seed, ...); False takes its scores.
+            strict: refuse a state of other settings (ratio, seed, ...); False takes its scores
+                alone.
 
         Raises:
             ValueError: another version, shape or (strict) setting; nothing is changed then.
@@ -304,7 +401,29 @@ class InfoBatch:
         for name, value in self._settings().items() if strict else ():
             if state.get(name) != value:
                 raise ValueError(f"{name} of the state must be {value}, got {state.get(name)}")
+        epoch, past, after = None, _Past({}, None, 0), _Past({}, None, 0)
+        if strict:
+            epoch = state.get("epoch")
+            past, after = (self._past_of(state, name) for name in ("past", "after"))
         self.scores.copy_(scores)
+        self._epoch, self._past, self._after = epoch, past, after
+
+    def _past_of(self, state: dict[str, Any], name: str) -> _Past:
+        device = self.scores.device
+        given: Any = state.get(name)
+        try:
+            memory = {key: value.to(device) for key, value in given["memory"].items()}
+            last = given["last"]
+            past = _Past(memory, None if last is None else last.to(device), int(given["saved"]))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{name} of the state must be of state_dict(), got {given}") from None
+        if not set(memory) <= set(POLICIES[self.policy].memory):
+            raise ValueError(f"{name} of the state must be of {self.policy}, got {sorted(memory)}")
+        return past
+
+
+def _as_dict(past: _Past) -> dict[str, Any]:
+    return {"memory": dict(past.memory), "last": past.last, "saved": past.saved}
 
 
 def per_sample(losses: Tensor, batch_size: int) -> Tensor:

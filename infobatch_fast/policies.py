@@ -1,51 +1,241 @@
-"""Which samples an epoch may leave out, as pure functions from scores to a mask.
+"""Which samples an epoch leaves out: pure functions of device tensors, none of which waits.
 
-A policy names the *prunable* samples alone. How many of them are kept, which, with what weight and
-in what order is the same for all (`kernels.reference.choose`): two policies differ in nothing else.
+A policy sees a `View` and gives a `Choice`. What follows is the same for all: k of the n prunable
+samples are kept, exactly, all others too, and the epoch's order is shuffled apart from the choice.
+Dimensions: N samples, n prunable, k of those kept, K samples of the epoch before.
+
+A sample that was not seen yet, or whose last loss was not finite, is NaN and always kept. So the
+first epoch is full under every policy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from infobatch_fast.budget import Budget
 from infobatch_fast.kernels import reference
 
+POOL = 1.2  # of orderdp: samples drawn for each one kept
+WINDOW = 200  # of repb: samples in a row of an epoch, across which the model hardly changes
+SMOOTHING = 0.5  # of ucb: weight of the newest loss in mean and variance
+CONFIDENCE = 1.0  # of ucb: deviations added to the mean
+GROUPS, SPAN = 5, 4  # of seta: groups of like loss, and how many in a row it draws from
+BINS = 1024  # of seta's histogram
+BLS_SMOOTHING = 0.5  # weight of the newest batch's mean loss
 
-def soft(scores: Tensor) -> Tensor:
-    """InfoBatch (arXiv:2303.04947): samples whose last loss is below the mean of those seen.
+
+@dataclass(frozen=True)
+class View:
+    """What a policy may look at, and not write to.
+
+    Attributes:
+        scores: (N,) float32, NaN where not seen or not finite.
+        epoch: to be drawn, from 0.
+        tail: the first epoch of the last (1 - delta) of the run; one beyond it is drawn only
+            without annealing.
+        budget: how many of n prunable samples are kept, `budget.kept_on_device(n)`.
+        generator: of the scores' device, a function of (seed, epoch).
+        last: (K,) int64, the epoch before in its order; None before the first, and for a policy
+            that keeps no memory.
+        memory: what the policy left in the `Choice` of the epoch before; empty at first.
+    """
+
+    scores: Tensor
+    epoch: int
+    tail: int
+    budget: Budget
+    generator: torch.Generator
+    last: Tensor | None = None
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> Tensor:
+        """(N,) bool: the samples with a score."""
+        return self.scores.isfinite()
+
+
+class Choice(NamedTuple):
+    """What a policy gives.
+
+    Attributes:
+        prunable: (N,) bool; all others are kept with weight 1.
+        priority: (N,) float32 without NaN where prunable: the k highest are kept, of equal ones
+            those that the lot falls on. None draws the k uniformly.
+        weights: (N,) float32, loss weights of what is kept; None is n/k for the prunable ones of
+            an unbiased policy and 1 for everything else.
+        memory: for the next epoch's view.
+    """
+
+    prunable: Tensor
+    priority: Tensor | None = None
+    weights: Tensor | None = None
+    memory: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy and what is known of it.
+
+    Attributes:
+        choose: the function.
+        saving: the share of all samples that a pruning epoch is expected to leave out, exactly but
+            for rounding to whole samples; r is the ratio. `Plan.expected_saving` is its value.
+        unbiased: whether, with rescaling, the expected gradient of an epoch is that of all data.
+        memory: names of the tensors that it remembers from epoch to epoch.
+        rescales: whether it has weights, which --no-rescale turns off.
+    """
+
+    choose: Callable[[View], Choice]
+    saving: str
+    unbiased: bool = False
+    memory: tuple[str, ...] = ()
+    rescales: bool = False
+
+
+def soft(view: View) -> Choice:
+    """InfoBatch (arXiv:2303.04947): of the samples below the mean score, a uniform part."""
+    return Choice(reference.well_learned(view.scores))
+
+
+def random(view: View) -> Choice:
+    """Of all samples seen, whatever their loss, a uniform part: a fresh subset each epoch."""
+    return Choice(view.seen)
+
+
+def hard(view: View) -> Choice:
+    """Of all samples seen, those of lowest loss go."""
+    return Choice(view.seen, priority=view.scores)
+
+
+def orderdp(view: View) -> Choice:
+    """OrderDP (ICLR 2026): of a uniform pool of 1.2 k samples, the k of highest loss are kept."""
+    seen = view.seen
+    size = (POOL * view.budget.kept_on_device(seen.sum()).double()).round()
+    order = torch.randperm(seen.numel(), generator=view.generator, device=seen.device)
+    drawn = seen[order]
+    pool = torch.zeros_like(seen)
+    pool[order] = drawn & (drawn.cumsum(0) <= size)
+    return Choice(seen, priority=view.scores.masked_fill(~pool, -torch.inf))
+
+
+def repb(view: View) -> Choice:
+    """RePB (ICLR 2026): judged against the batch that the sample was last trained in.
+
+    Of the samples below the mean of their window of the epoch before, all of whose losses one
+    state of the model gave, a uniform part is kept; a sample that sat out is readmitted. A sample's
+    weight is the epochs drawn over those that it was drawn for, which evens out over time.
+    """
+    scores, last = view.scores, view.last
+    none_yet = torch.zeros_like(scores, dtype=torch.int32)
+    drawn = view.memory.get("drawn", none_yet)
+    epochs = view.memory.get("epochs", none_yet.sum())
+    if last is None:
+        return Choice(none_yet.bool(), memory={"drawn": drawn, "epochs": epochs})
+    used = scores.index_select(0, last).double()  # a mean of equal scores must equal them
+    rows = F.pad(used, (0, -used.numel() % WINDOW), value=torch.nan).view(-1, WINDOW)
+    below = (rows < rows.nanmean(1, keepdim=True)).view(-1)[: used.numel()]
+    prunable = torch.zeros_like(scores, dtype=torch.bool).index_copy(0, last, below)
+    times = torch.ones_like(last, dtype=torch.int32)
+    drawn = drawn.index_add(0, last, times)
+    epochs = epochs + 1
+    weights = ((epochs + 1) / (drawn + 1)).float()
+    return Choice(prunable, weights=weights, memory={"drawn": drawn, "epochs": epochs})
+
+
+def ucb(view: View) -> Choice:
+    """UCB (arXiv:2111.12621): the samples whose mean loss plus deviation is low go.
+
+    Mean and variance are exponential ones of the losses that the sample had when trained on.
+    """
+    scores = view.scores
+    unknown = torch.full_like(scores, torch.nan)
+    mean, variance = (view.memory.get(name, unknown) for name in ("mean", "variance"))
+    if view.last is not None:
+        trained = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, view.last, True)
+        trained &= view.seen
+        step = scores - mean
+        later = mean.isfinite()
+        new_mean = torch.where(later, mean + SMOOTHING * step, scores)
+        spread = (1 - SMOOTHING) * (variance + SMOOTHING * step.square())
+        new_variance = torch.where(later, spread, 0.0)
+        mean = torch.where(trained, new_mean, mean)
+        variance = torch.where(trained, new_variance, variance)
+    prunable = view.seen & mean.isfinite()
+    priority = mean + CONFIDENCE * variance.sqrt()
+    return Choice(prunable, priority=priority, memory={"mean": mean, "variance": variance})
+
+
+def seta(view: View) -> Choice:
+    """SeTa (CVPR 2025): a uniform part of a window that slides over groups from easy to hard.
+
+    The window is `SPAN` of `GROUPS` groups of like loss, and moves on by one each epoch; where it
+    holds fewer than k samples the nearest groups fill up. Groups come from a histogram in the
+    place of k-means: a group's share of the cube root of the density is the same for all, which is
+    what k-means tends to in one dimension. In the tail, without annealing, it draws from all.
+    """
+    seen, scores = view.seen, view.scores
+    if view.epoch >= view.tail:
+        return Choice(seen)
+    low = scores.masked_fill(~seen, torch.inf).amin()
+    width = scores.masked_fill(~seen, -torch.inf).amax() - low
+    place = ((scores - low) / width).nan_to_num(0.0).clamp(0, 1)
+    bins = (place * BINS).long().clamp(max=BINS - 1)
+    counts = torch.zeros(BINS, dtype=torch.int64, device=scores.device)
+    counts.index_add_(0, bins, seen.long())
+    share = counts.double().pow(1 / 3)
+    before = share.cumsum(0) - share / 2
+    groups = (GROUPS * before / share.sum()).nan_to_num(0.0).long().clamp(max=GROUPS - 1)
+    group = groups.index_select(0, bins)
+    first = (view.epoch - 1) % (GROUPS - SPAN + 1)
+    outside = (first - group).clamp(min=0) + (group - first - SPAN + 1).clamp(min=0)
+    return Choice(seen, priority=-outside.float())
+
+
+def none(view: View) -> Choice:
+    """Every epoch is full."""
+    return Choice(torch.zeros_like(view.scores, dtype=torch.bool))
+
+
+POLICIES: dict[str, Policy] = {
+    "soft": Policy(soft, "r P(score < mean)", unbiased=True, rescales=True),
+    "random": Policy(random, "r", unbiased=True, rescales=True),
+    "hard": Policy(hard, "r"),
+    "orderdp": Policy(orderdp, "r"),
+    "repb": Policy(
+        repb,
+        "r P(trained on in the epoch before, and score < mean of its window)",
+        memory=("drawn", "epochs"),
+        rescales=True,
+    ),
+    "ucb": Policy(ucb, "r", memory=("mean", "variance")),
+    "seta": Policy(seta, "r"),
+    "none": Policy(none, "0", unbiased=True),
+}
+
+
+def loss_score(before: Tensor, losses: Tensor) -> Tensor:
+    """The loss itself."""
+    return losses
+
+
+def bls(before: Tensor, losses: Tensor) -> Tensor:
+    """BLS (CVPR 2026): the exponential mean of the batch's mean loss, each time it was in one.
 
     Args:
-        scores: (N,) float32, NaN where not seen.
+        before: (B,) float32, the samples' scores so far, NaN where there is none.
+        losses: (B,) floating.
 
     Returns:
-        (N,) bool.
+        (B,) of the dtype of `losses`; not finite where the sample's loss is not.
     """
-    return reference.well_learned(scores)
+    finite = losses.isfinite()
+    mean = losses.where(finite, 0.0).sum() / finite.sum()
+    blended = torch.where(before.isfinite(), before + BLS_SMOOTHING * (mean - before), mean)
+    return torch.where(finite, blended, torch.nan).to(losses.dtype)
 
 
-def random(scores: Tensor) -> Tensor:
-    """Every sample seen before, whatever its loss: a fresh uniform subset each epoch.
-
-    Args:
-        scores: (N,) float32, NaN where not seen.
-
-    Returns:
-        (N,) bool.
-    """
-    return scores.isfinite()
-
-
-def none(scores: Tensor) -> Tensor:
-    """No sample: every epoch is full.
-
-    Args:
-        scores: (N,) float32.
-
-    Returns:
-        (N,) bool, all False.
-    """
-    return torch.zeros_like(scores, dtype=torch.bool)
-
-
-POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"soft": soft, "random": random, "none": none}
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"loss": loss_score, "bls": bls}

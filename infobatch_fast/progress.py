@@ -13,6 +13,7 @@ from infobatch_fast import checkpoint, config
 from infobatch_fast.config import Config
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import Plan
+from infobatch_fast.samples import SampleRecord
 from infobatch_fast.step import Counts, TrainStep
 from infobatch_fast.telemetry import PHASES, PRUNING, Nvml, peak_memory
 
@@ -30,7 +31,7 @@ SECONDS = (
 )
 JOULES = ("joules", "train_joules")  # of the epoch, and of its training and pruning alone
 _SUMMED = ("kept", "skipped_steps", *SECONDS, *JOULES, "host_syncs")
-_SUMMARISED = {"accuracy", "loss", "phases", *_SUMMED}  # of each epoch's line
+_SUMMARISED = {"accuracy", "loss", "phases", "expected_saving", *_SUMMED}  # of each epoch's line
 
 
 class Diverged(Exception):
@@ -41,14 +42,17 @@ class Progress:
     """The state of a run outside the training step.
 
     Args:
-        step: the training step, whose state the checkpoints hold.
+        step: the training step of an InfoBatch, whose state the checkpoints hold.
         path: the checkpoint's file.
         settings: saved beside it, and compared when it is loaded.
         meter: of the device's energy.
     """
 
     def __init__(self, step: TrainStep, path: Path, settings: Config, meter: Nvml) -> None:
+        assert step.infobatch is not None
         self.step, self.path, self.settings, self.meter = step, path, settings, meter
+        self.infobatch = step.infobatch
+        self.samples = SampleRecord(self.infobatch.num_samples, self.infobatch.scores.device)
         self.epoch = 0  # epochs finished
         self.since_epoch = 1  # the first that this session trained in
         self.history: list[dict[str, Any]] = []
@@ -111,6 +115,7 @@ class Progress:
             host_syncs: if they were counted.
             histogram: of the scores at its end, if telemetry is on.
         """
+        self.samples.close_epoch(plan, self.infobatch.scores)
         self._add_up()
         seconds = (self.spent["train_seconds"] or 0.0) + (self.spent["pruning_seconds"] or 0.0)
         self.epoch += 1
@@ -118,6 +123,8 @@ class Progress:
             "epoch": self.epoch,
             "kept": len(plan),
             "prunable": plan.num_prunable,
+            "ratio": plan.ratio,
+            "expected_saving": plan.expected_saving,
             "loss": counts.loss if math.isfinite(counts.loss) else None,
             "lr": lr,
             "accuracy": accuracy,
@@ -188,6 +195,7 @@ class Progress:
             if plan is not None:
                 drawn = {
                     "num_prunable": plan.num_prunable,
+                    "ratio": plan.ratio,
                     "indices": plan.indices,
                     "weights": plan.weights,
                 }
@@ -200,6 +208,7 @@ class Progress:
                     "plan": drawn,
                     "number": number,
                     "history": self.history,
+                    "samples": self.samples.state_dict(),
                     "spent": self.spent,
                     "phases": self.phases,
                     "random": torch.get_rng_state(),
@@ -227,6 +236,9 @@ class Progress:
             torch.set_rng_state(saved["random"])
             self.epoch, self.history = int(saved["epoch"]), list(saved["history"])
             self.since_epoch = self.epoch + 1
+            self.samples.load_state_dict(saved["samples"])
+            if len(self.samples.history) != self.epoch:
+                raise ValueError(f"{self.epoch} epochs, scores of {len(self.samples.history)}")
             spent = {name: saved["spent"][name] for name in self.spent}
             self.spent = {n: None if v is None else float(v) for n, v in spent.items()}
             phases = saved["phases"]
@@ -248,17 +260,17 @@ class Progress:
                 f"{type(error).__name__}: {reason(error)}"
             ) from None
 
-    def _plan(self, num_prunable: int, indices: torch.Tensor, weights: torch.Tensor) -> Plan:
-        assert self.step.infobatch is not None
-        scores = self.step.infobatch.scores
+    def _plan(
+        self, num_prunable: int, ratio: float, indices: torch.Tensor, weights: torch.Tensor
+    ) -> Plan:
+        scores = self.infobatch.scores
         samples = scores.numel()
         if indices.dtype != torch.int64 or indices.dim() != 1 or indices.shape != weights.shape:
             raise ValueError(f"a plan of shapes {tuple(indices.shape)} and {tuple(weights.shape)}")
         if not (0 < indices.numel() <= samples and 0 <= indices.min() <= indices.max() < samples):
             raise ValueError(f"a plan of other samples than 0 to {samples - 1}")
-        return Plan(
-            self.epoch, samples, num_prunable, indices.to(scores.device), weights.to(scores.device)
-        )
+        indices, weights = indices.to(scores.device), weights.to(scores.device)
+        return Plan(self.epoch, samples, num_prunable, indices, weights, ratio)
 
     def summary(self, samples: int, source: str) -> dict[str, Any]:
         """The results of a finished run on `samples` training samples."""
@@ -282,6 +294,8 @@ class Progress:
             "samples_trained": trained,
             "samples_saved": full - trained,
             "saved_share": (full - trained) / full,
+            "expected_saving": sum(line["expected_saving"] for line in history) / len(history),
+            "target_saving": self.settings.target_saving,
             **{name: total[name] for name in SECONDS},
             "phases": _sum_phases(phases),
             "images_per_second": trained

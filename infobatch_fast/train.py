@@ -86,6 +86,9 @@ def train(
         policy=settings.policy,
         rescale=settings.rescale,
         anneal=settings.anneal,
+        score=settings.score,
+        ratio_schedule=settings.ratio_schedule,
+        target_saving=settings.target_saving,
     )
     step = TrainStep(
         model,
@@ -112,6 +115,9 @@ def train(
     about = record.describe(device), parameters, type(loader).__name__
     for line in [*console.header(settings, data, *about), *([note] if note else [])]:
         say(line)
+    if settings.target_saving is not None:
+        for line in console.target_lines(infobatch):
+            say(line)
 
     phases, meter = step.phases, Nvml(device, enabled=settings.telemetry)
     advance: TrainStep | GraphStep = step
@@ -132,6 +138,8 @@ def train(
     record.write_epochs(folder / record.EPOCHS, progress.history)
     whole = settings.batch_size if settings.whole_batches else None
     plain = not sys.stdout.isatty()
+    varies = settings.target_saving is not None or settings.ratio_schedule != "constant"
+    warned = False
 
     def stop_if_asked() -> None:
         if interrupts.received:
@@ -190,7 +198,11 @@ def train(
                 histogram=score_histogram(infobatch.scores) if settings.telemetry else None,
             )
             record.write_epochs(folder / record.EPOCHS, progress.history)
-            say(console.epoch_line(line, epochs, samples))
+            say(console.epoch_line(line, epochs, samples, ratio=varies))
+            warning = console.strained({**line, "samples": samples}, settings)
+            if warning is not None and not warned:
+                say(warning)
+                warned = True
             plan, start = None, 0
             if progress.due() or epoch + 1 == epochs or interrupts.received:
                 progress.save()
@@ -198,6 +210,7 @@ def train(
                     stop_if_asked()
     interrupts.deferred = False
 
+    progress.samples.write(folder, data, infobatch.scores)
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     checkpoint.save_tensors(folder / record.WEIGHTS, weights)
     summary = progress.summary(samples, data.source)
@@ -285,7 +298,8 @@ def load_data(
     name = settings.dataset or "cifar10"
     if name != "synthetic":
         try:
-            return load_cifar(name, settings.data_dir or default_data_dir()).to(device)
+            data = load_cifar(name, settings.data_dir or default_data_dir())
+            return data.part(settings.data_fraction).to(device)
         except DataMissing as missing:
             if not stand_in or settings.preset != "quick" or settings.dataset is not None:
                 raise
@@ -299,7 +313,7 @@ def load_data(
         hard=settings.synthetic_hard,
         seed=settings.seed,
         device=device,
-    )
+    ).part(settings.data_fraction)
 
 
 def find_device(name: str) -> torch.device:
@@ -346,7 +360,12 @@ def run(arguments: Sequence[str], interrupts: Interrupts, say: Callable[[str], N
         record.check_empty(folder)
         try:
             samples = {"train": data.labels.numel(), "test": data.test_labels.numel()}
-            about = {"config": settings.recorded(), "data": data.source, "samples": samples}
+            about = {
+                "config": settings.recorded(),
+                "data": data.source,
+                "samples": samples,
+                "classes": data.classes,
+            }
             record.write_json(folder / record.CONFIG, {**about, **record.provenance(device)})
             summary = train(settings, data, folder, None, interrupts, say)
         except (UserError, MemoryError, RuntimeError):
@@ -446,7 +465,9 @@ def _check_batch(settings: Config, data: Dataset) -> None:
 
 
 def _name(settings: Config) -> str:
-    pruning = f"{settings.policy}-r{settings.ratio:g}-d{settings.delta:g}"
+    aim = settings.target_saving
+    share = f"r{settings.ratio:g}" if aim is None else f"t{aim:g}"
+    pruning = f"{settings.policy}-{share}-d{settings.delta:g}"
     when = datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{settings.dataset}-{settings.model}-{pruning}-s{settings.seed}-{when}-{os.getpid()}"
 

@@ -43,7 +43,12 @@ def well_learned(scores: Tensor) -> Tensor:
 
 
 def choose(
-    prunable: Tensor, n: int, k: int, weight: float, generator: torch.Generator
+    prunable: Tensor,
+    n: int,
+    k: int,
+    weight: float,
+    generator: torch.Generator,
+    priority: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep k of the n prunable samples, uniformly without replacement, and all others; shuffle.
 
@@ -56,14 +61,20 @@ def choose(
         k: number of those to keep, in [0, n].
         weight: loss weight of the prunable samples kept; all others get 1.
         generator: of the same device as `prunable`.
+        priority: (N,) float32 without NaN where prunable: the k of highest priority are kept in
+            the place of uniform ones, among equals by lot.
 
     Returns:
         indices (K,) int64 and weights (K,) float32, in the order of the epoch.
     """
     device = prunable.device
     others = _positions(~prunable, prunable.numel() - n)
-    chosen = torch.randperm(n, generator=generator, device=device)[:k]
-    kept = _positions(prunable, n).index_select(0, chosen)
+    lot = torch.randperm(n, generator=generator, device=device)
+    if priority is None:
+        kept = _positions(prunable, n).index_select(0, lot[:k])
+    else:
+        drawn = _positions(prunable, n).index_select(0, lot)
+        kept = drawn[priority.index_select(0, drawn).topk(k, sorted=False).indices]
     order = torch.randperm(others.numel() + k, generator=generator, device=device)
     weights = torch.ones(order.numel(), dtype=torch.float32, device=device)
     weights[others.numel() :] = weight

@@ -371,7 +371,7 @@ def test_state_of_another_kind_changes_nothing() -> None:
         infobatch.load_state_dict(state)
     with pytest.raises(ValueError, match=r"^scores must have shape \(6,\), got \(5,\)$"):
         make(6).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"^state version must be 1, got 99$"):
+    with pytest.raises(ValueError, match=r"^state version must be 2, got 99$"):
         infobatch.load_state_dict({**state, "version": 99})
     with pytest.raises(ValueError, match=r"^scores must be float32, got torch.float64$"):
         infobatch.load_state_dict({**state, "scores": state["scores"].double()})
@@ -402,7 +402,7 @@ def test_copies_are_independent() -> None:
         ({"num_epochs": True}, "num_epochs must be a whole number of at least 1, got True"),
         (
             {"policy": "sotf"},
-            r"policy must be one of soft, random, none, got sotf \(did you mean soft\?\)",
+            r"policy must be one of soft, random, hard, orderdp, repb, ucb, seta, none, got sotf \(did you mean soft\?\)",
         ),
     ],
 )

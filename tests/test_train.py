@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,8 +89,15 @@ def test_what_a_run_leaves(finished: Path) -> None:
         "checkpoint.pt",
         "config.json",
         "epochs.jsonl",
+        "kept.npy",
+        "labels.npy",
         "model.pt",
+        "pictured.npy",
+        "pictures.npy",
+        "score_history.npy",
+        "scores.npy",
         "summary.json",
+        "tracked.npy",
     ]
     about = json.loads((finished / "config.json").read_text())
     assert about["config"]["dataset"] == "synthetic"
@@ -372,11 +380,19 @@ def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(STEP, "__call__", schedule)
     arguments = "--seed 7 --ratio 0.4 --delta 0.5 --policy random --no-rescale --no-anneal "
+    arguments += "--score bls --ratio-schedule pods --target-saving 0.2 "
     arguments += "--optimizer lars --weight-decay 0.25 --label-smoothing 0.3 --amp bf16 --epochs 2"
     assert run_main(*arguments.split(), "--out", tmp_path / "run") == 0
     [(args, kwargs)] = seen["InfoBatch"]
     assert args[:5] == (300, 2, 0.4, 0.5, 7)
-    assert kwargs == {"policy": "random", "rescale": False, "anneal": False}
+    assert kwargs == {
+        "policy": "random",
+        "rescale": False,
+        "anneal": False,
+        "score": "bls",
+        "ratio_schedule": "pods",
+        "target_saving": 0.2,
+    }
     [(args, kwargs)] = seen["make_loader"]
     assert (args[0], args[3], kwargs["seed"]) == ("torch", 25, 7)
     assert seen["make_model"][0] == (("small", 10), {"seed": 7})
@@ -384,7 +400,8 @@ def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
     assert (args[0], kwargs) == ("lars", {"lr": 0.05, "weight_decay": 0.25})
     [(_, kwargs)] = seen["TrainStep"]
     assert (kwargs["amp"], kwargs["label_smoothing"], kwargs["compile"]) == ("bf16", 0.3, False)
-    # 12 steps of 300 samples, then 8 of the 180 kept; the rate by progress.
+    # 12 steps of 300 samples, then 8 of the 180 kept, as 120 of 600 are to be saved; the rate by
+    # progress.
     progress = [k / 12 / 2 for k in range(12)] + [(1 + k / 8) / 2 for k in range(8)]
     assert steps == [one_cycle(done, max_lr=0.05) for done in progress]
 
@@ -634,7 +651,8 @@ def test_a_host_sync_that_is_forbidden_stops_the_run(tmp_path, capsys, monkeypat
 
 def test_the_limit_of_skipped_steps() -> None:
     meter = Nvml(torch.device("cpu"))
-    progress = Progress(None, Path("absent"), Config(), meter)  # type: ignore[arg-type]
+    step = SimpleNamespace(infobatch=InfoBatch(3, 1, device="cpu"))
+    progress = Progress(step, Path("absent"), Config(), meter)  # type: ignore[arg-type]
     progress.check_finite(19)
     with pytest.raises(Diverged, match=r"^20 steps in a row had non-finite gradients in epoch 1"):
         progress.check_finite(20)

@@ -1,0 +1,96 @@
+"""How many samples an epoch leaves out: a ratio, a schedule of it, or a share of the whole run."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+PODS_PERIOD = 10  # epochs, about: whole periods fit the epochs that prune
+PODS_SWING = 0.5  # of the ratio, to either side
+RATIO_SCHEDULES = ("constant", "pods")
+
+
+class Budget(NamedTuple):
+    """What an epoch leaves out of its n prunable samples.
+
+    Attributes:
+        ratio: r, the share of them, in [0, 1); not used where there is a number.
+        number: samples; None leaves out r n.
+    """
+
+    ratio: float
+    number: float | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it leaves out anything."""
+        return self.ratio > 0 if self.number is None else self.number > 0
+
+    def kept(self, n: int) -> float:
+        """Samples kept of n prunable ones, before rounding."""
+        return (1 - self.ratio) * n if self.number is None else max(n - self.number, 0.0)
+
+    def kept_on_device(self, n: Tensor) -> Tensor:
+        """The same rounded, and at least one, without a host sync.
+
+        Args:
+            n: () int64.
+
+        Returns:
+            () int64.
+        """
+        n = n.double()
+        kept = n * (1 - self.ratio) if self.number is None else n - self.number
+        return kept.round().clamp(min=1).long()
+
+
+def wave(schedule: str, epoch: int, first_full_epoch: int) -> float:
+    """How far an epoch's ratio lies from its mean, in [-1, 1]; the pruning epochs add up to 0.
+
+    `pods` alternates between phases of much data and of little on the same budget as a constant
+    ratio (PODS, arXiv:2605.14773); a cosine here, which begins with much data. Epoch 0 is full, as
+    nothing is scored yet, so that it counts from epoch 1.
+
+    Args:
+        schedule: constant or pods.
+        epoch: in [0, first_full_epoch).
+        first_full_epoch: of annealing, or the number of epochs.
+    """
+    length = first_full_epoch - 1
+    if schedule == "constant" or epoch == 0 or length < 4:
+        return 0.0
+    periods = max(1, round(length / PODS_PERIOD))
+    return -math.cos(2 * math.pi * periods * (epoch - 0.5) / length)
+
+
+def scheduled_ratio(ratio: float, schedule: str, epoch: int, first_full_epoch: int) -> float:
+    """The ratio of an epoch: its mean is `ratio`, and it stays below 1.
+
+    Args:
+        ratio: in [0, 1).
+        schedule: as in `wave`.
+        epoch: the same.
+        first_full_epoch: the same.
+    """
+    if ratio == 0:
+        return 0.0
+    swing = PODS_SWING * min(1.0, (1 - ratio) / ratio)
+    return ratio * (1 + swing * wave(schedule, epoch, first_full_epoch))
+
+
+def to_save(left: float, schedule: str, epoch: int, first_full_epoch: int) -> float:
+    """An epoch's part of the samples that the run has still to save.
+
+    What an epoch could not save falls to those after it.
+
+    Args:
+        left: samples still to be saved.
+        schedule: as in `wave`.
+        epoch: the same.
+        first_full_epoch: the same.
+    """
+    parts = [
+        1 + PODS_SWING * wave(schedule, later, first_full_epoch)
+        for later in range(max(epoch, 1), first_full_epoch)
+    ]
+    return max(0.0, left) * parts[0] / sum(parts) if parts and epoch > 0 else 0.0
