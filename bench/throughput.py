@@ -3,7 +3,7 @@
 Loaders over batch sizes, after a pass in which each is shown to give what ours gives
 (`loader_sides.py`, `loader_peers.py`); forms of training, alone and fed by our loader
 (`training_forms.py`); and beside each figure its share of what the device can do, measured in the
-same run.
+same run, for work that is counted (`training_work.py`).
 """
 
 import signal
@@ -23,6 +23,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import throughput_report
+import throughput_tables
 import torch
 import tyro
 from loader_sides import MOST_WITHOUT_WORKERS
@@ -229,7 +230,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
         _measure(Run(data, device, lines, say, options.quick, options.seed), scope, options.ratio)
         lines.finish()
         drawn = throughput_report.draw(lines.lines, plot)
-        for line in throughput_report.summary(lines.lines):
+        for line in throughput_tables.summary(lines.lines):
             say(line)
     except Interrupted as stop:
         with suppress(Interrupted, UserError):  # of a second signal, of a full disk

@@ -1,4 +1,4 @@
-"""What `throughput.py` makes of its rows: tables for the terminal, and the plot."""
+"""The plot that `throughput.py` makes of its rows."""
 
 import io
 import math
@@ -8,11 +8,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from throughput_tables import COPYING
 from training_rows import epoch_name
 
 from infobatch_fast import measure
 from infobatch_fast.checkpoint import write_atomically
-from infobatch_fast.tables import figures, markdown
+from infobatch_fast.tables import figures
 
 # Okabe and Ito's, which colour-blind readers tell apart; markers serve those without any colour.
 SIZES = (
@@ -27,63 +28,6 @@ FULL, PRUNED = ("#0072B2", "o"), ("#E69F00", "s")
 ALONE, LOADER, DATASET = ("#000000", "D"), ("#D55E00", "^"), ("#56B4E9", "*")
 
 Line = Mapping[str, Any]
-
-
-def summary(lines: Sequence[Line]) -> list[str]:
-    """The tables as Markdown, and what is absent from them."""
-    said: list[str] = []
-    for table in (loader_table(lines), training_table(lines)):
-        said += ["", *table] if len(table) > 2 else []
-    return [*said, "", *absent_lines(lines)]
-
-
-def loader_table(lines: Sequence[Line]) -> list[str]:
-    """Markdown: a row a side, a column a batch size."""
-    rows = [line for line in lines if line["part"] == "loaders" and line["absent"] is None]
-    sizes = sorted({line["case"]["batch_size"] for line in rows})
-    sides = dict.fromkeys(line["case"]["side"] for line in rows)
-    cells = {
-        (line["case"]["side"], line["case"]["batch_size"]): (
-            f"{figures(line['median'])} ({figures(line['more']['copy_limit_percent'])}%)"
-        )
-        for line in rows
-    }
-    headers = ["images/s (% of the copy limit)", *(f"batch {size}" for size in sizes)]
-    table = [[side, *(cells.get((side, size), "absent") for size in sizes)] for side in sides]
-    return markdown(headers, table)
-
-
-def training_table(lines: Sequence[Line]) -> list[str]:
-    """Markdown: a row a network, form and epoch."""
-    table = []
-    for line in lines:
-        if line["part"] == "training" and line["absent"] is None:
-            case, more = line["case"], line["more"]
-            table.append(
-                [
-                    f"{case['model']}, batch {case['batch_size']}, {case['form']}",
-                    epoch_name(case["ratio"]),
-                    more["compute_limit"],
-                    f"{figures(more['resident_images/s'])} "
-                    f"({figures(more['resident_compute_limit_percent'])}%)",
-                    f"{figures(line['median'])} ({figures(more['compute_limit_percent'])}%)",
-                    f"{figures(more['loader_images/s'])} "
-                    f"({figures(more['loader_copy_limit_percent'])}%)",
-                    f"{figures(more['dataset_images/s'])}",
-                ]
-            )
-    headers = ["images/s (% of its limit)", "epoch", "limit", "network alone", "fed"]
-    headers += ["loader alone (% of copy)", "of the data set"]
-    return markdown(headers, table, left=3)
-
-
-def absent_lines(lines: Sequence[Line]) -> list[str]:
-    """What has no figures, and why."""
-    return [
-        f"absent: {', '.join(str(value) for value in line['case'].values())}: {line['absent']}"
-        for line in lines
-        if line["absent"] is not None
-    ]
 
 
 def draw(lines: Sequence[Line], path: Path) -> bool:
@@ -122,6 +66,8 @@ def draw(lines: Sequence[Line], path: Path) -> bool:
     if not rows[0]["complete"]:
         about.append("stopped midway")
     notes = ["; ".join(about), *measure.cautions(options, rows[0]["quick"])]
+    if training:
+        figure.supxlabel(COPYING, fontsize=8)
     figure.suptitle("\n".join([title, *notes]), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
@@ -198,9 +144,13 @@ def _training(axis: Axes, rows: Sequence[Line]) -> None:
         at = [i for i, row in enumerate(rows) if bool(row["case"]["ratio"]) == pruned]
         _points(axis, [rows[i] for i in at], at, *style, label)
     beside = axis.get_yaxis_transform()
-    axis.text(1.01, 1.01, "fed", transform=axis.transAxes, fontsize=8)
+    head = "fed: images/s, TFLOP/s,\n% of arithmetic, of copying*"
+    axis.text(1.01, 1.01, head, transform=axis.transAxes, fontsize=8)
     for number, row in enumerate(rows):
-        fed = f"{row['median']:,.0f}"
+        shares = [row["more"][f"{limit}_limit_percent"] for limit in ("compute", "copy")]
+        fed = f"{row['median']:,.0f}, {figures(row['more']['TFLOP/s'])}, " + ", ".join(
+            f"{figures(share)}%" for share in shares
+        )
         axis.text(1.01, number, fed, transform=beside, verticalalignment="center", fontsize=8)
     axis.set_yticks(range(len(rows)), names)
     axis.set_ylim(-0.6, len(rows) - 0.4)

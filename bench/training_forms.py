@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from infobatch_fast.data import Dataset
 from infobatch_fast.graph import WARM_UP, GraphStep, obstacle
@@ -191,25 +189,6 @@ def feed(
 def whole_steps(seconds_a_step: float, target: float, most: int) -> int:
     """Steps of a call that takes about `target` seconds, at least 1 and at most `most`."""
     return max(1, min(most, math.ceil(target / seconds_a_step)))
-
-
-def flop_an_image(network: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> float:
-    """FLOP of an image forward and backward, of matrix products and convolutions.
-
-    Two a multiply-add, by torch's own counter over a step without storage; pointwise work, batch
-    norm and the optimizer are not in it.
-
-    Args:
-        network: from images (B, *shape) to logits; it is not changed.
-        shape: of an image.
-    """
-    batch = 2  # of one image, batch norm may have a single value a channel
-    network = copy.deepcopy(network).to("meta")
-    counter = FlopCounterMode(display=False)
-    with counter:
-        logits = network(torch.empty(batch, *shape, device="meta"))
-        F.cross_entropy(logits, torch.empty(batch, dtype=torch.int64, device="meta")).backward()
-    return counter.get_total_flops() / batch
 
 
 def dataset_rate(samples: int, kept: int, images_per_second: float, choose: float) -> float:

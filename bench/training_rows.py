@@ -8,6 +8,7 @@ import training_forms
 from loader_sides import IMAGE_BYTES
 from throughput_rows import Limit, Run, dtype_name, in_words, percent, progress
 from training_forms import FORMS, Trainer, Unavailable
+from training_work import Work, work_an_image
 
 from infobatch_fast import measure
 from infobatch_fast.data import Dataset
@@ -91,14 +92,14 @@ class _Training:
             calls[f"{key} resident"] = lambda trainer=trainer: trainer.resident(steps)
             calls[f"{key} fed"] = lambda trainer=trainer: trainer.fed(steps)
         values, failures = self.run.timed(f"training {self.model}", calls, warmup=1)
-        flop = training_forms.flop_an_image(make_model(self.model, self.data.num_classes, seed=0))
+        work = self._work(names)
         for key in keys:
             sides = ("loader", f"{key} resident", f"{key} fed")
             why = absent.get(key) or next((failures[s] for s in sides if s in failures), None)
             if why is None:
-                work = [number * self.batch_size for number in (load, steps, steps)]
-                rates = [measure.rates(values[s], w) for s, w in zip(sides, work, strict=True)]
-                self._write(key, rates, steps, choose[key[1]], flop, limits)
+                images = [number * self.batch_size for number in (load, steps, steps)]
+                rates = [measure.rates(values[s], n) for s, n in zip(sides, images, strict=True)]
+                self._write(key, rates, steps, choose[key[1]], work[key[0]], limits)
             else:
                 self.run.lines.add_absent("training", self._case(key), why)
                 self.run.say(f"training   {self._words(key)}: {why}")
@@ -123,6 +124,13 @@ class _Training:
                     absent[name, ratio] = f"failed: {reason(error)}"
                 done(number / len(keys))
         return trainers, absent
+
+    def _work(self, names: Sequence[str]) -> dict[str, Work]:
+        """Of each form; those of one precision do the same, whatever is fused in them."""
+        network = make_model(self.model, self.data.num_classes, seed=0)
+        precisions = {FORMS[name].amp for name in names}
+        of = {amp: work_an_image(network, self.batch_size, amp=amp) for amp in precisions}
+        return {name: of[FORMS[name].amp] for name in names}
 
     def _steps(self, trainers: Sequence[Trainer]) -> int:
         """Steps of a call: of a part of a second, and no more than an epoch has."""
@@ -156,20 +164,21 @@ class _Training:
         rates: Sequence[Mapping[str, float]],
         steps: int,
         choose: float,
-        flop: float,
+        work: Work,
         limits: Mapping[str, Limit],
     ) -> None:
         loader, resident, fed = rates
         kept = len(self.epochs[key[1]].plan)
-        limit, copy = limits[dtype_name(FORMS[key[0]].dtype)], limits["copy"].rate
+        limit, copy = limits[dtype_name(FORMS[key[0]].dtype)], limits["copy"]
         more = {
             "compute_limit": limit.what,
-            "compute_limit_percent": percent(fed["median"] * flop, limit.rate),
+            **_shares("", fed["median"], work, limit, copy),
             "resident_images/s": resident["median"],
-            "resident_compute_limit_percent": percent(resident["median"] * flop, limit.rate),
+            **_shares("resident_", resident["median"], work, limit, copy),
             "loader_images/s": loader["median"],
-            "loader_copy_limit_percent": percent(loader["median"] * IMAGE_BYTES, copy),
-            "image_FLOP": flop,
+            "loader_copy_limit_percent": percent(loader["median"] * IMAGE_BYTES, copy.rate),
+            "image_FLOP": work.flop,
+            "eager_image_bytes": work.bytes,
             "epoch_images": kept,
             "well_learned_percent": percent(self.epochs[key[1]].plan.num_prunable, self.samples),
             "choose_s": choose,
@@ -182,10 +191,23 @@ class _Training:
         self.run.lines.add("training", self._case(key), "images/s", fed, more)
         self.run.say(
             f"training   {self._words(key)}: fed {in_words(fed)}, "
-            f"{figures(more['compute_limit_percent'])}% of the limit, {limit.what}; "
+            f"{figures(more['TFLOP/s'])} TFLOP/s, {figures(more['compute_limit_percent'])}% of the "
+            f"limit, {limit.what}, and {figures(more['copy_limit_percent'])}% of the copy limit; "
             f"network alone {figures(resident['median'])}, "
             f"loader alone {figures(loader['median'])}"
         )
+
+
+def _shares(
+    side: str, images_per_second: float, work: Work, limit: Limit, copy: Limit
+) -> dict[str, float]:
+    """What is achieved, of both limits; of copying, what an eager step would need for it."""
+    flops = images_per_second * work.flop
+    return {
+        f"{side}TFLOP/s": flops / 1e12,
+        f"{side}compute_limit_percent": percent(flops, limit.rate),
+        f"{side}copy_limit_percent": percent(images_per_second * work.bytes, copy.rate),
+    }
 
 
 def epoch_name(ratio: float) -> str:

@@ -107,9 +107,7 @@ class TrainStep:
             batch: the same.
             phases: of scoring and rescaling; not enabled where a CUDA graph is captured.
         """
-        with self.autocast:
-            logits = self._logits(images)
-        loss, losses = self._backward(logits, labels, batch, phases)
+        loss, losses = self._gradients(images, labels, batch, phases)
 
         optimizer: Any = self.optimizer
         optimizer.found_inf = self.found_inf
@@ -131,19 +129,29 @@ class TrainStep:
                 weight = batch.weights.sum(dtype=torch.float64)
         self._count(loss, labels.numel(), weight)
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _gradients(
+        self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward; without the compiler from the step on in which it fails."""
         try:
-            return self.forward(images)
-        except RuntimeError as error:  # at its first call
-            if self.forward is self.model or self._say is None:
-                raise
-            from torch._dynamo.exc import TorchDynamoException  # a second to import
-
-            if not isinstance(error, TorchDynamoException):
+            return self._forward_backward(images, labels, batch, phases)
+        except RuntimeError as error:  # at a first call: the backward is compiled at its own
+            _raise_lack_of_memory(error)
+            if self._say is None or self.forward is self.model or not _of_compiler(error):
                 raise
             self._say(f"WARNING: the network is not compiled: {reason(error)}")
-            self.forward = self.model
-            return self.forward(images)
+        # Not within the except: what the failed pass stored for its backward is free by now.
+        self.forward = self.model
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.restore()
+        return self._forward_backward(images, labels, batch, phases)
+
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases
+    ) -> tuple[Tensor, Tensor]:
+        with self.autocast:
+            logits = self.forward(images)
+        return self._backward(logits, labels, batch, phases)
 
     def _backward(
         self, logits: Tensor, labels: Tensor, batch: Batch, phases: Phases
@@ -246,6 +254,11 @@ class _Guard:
         for buffers, _, _, good_views, _ in self.groups:
             torch._foreach_copy_(good_views, buffers)
 
+    def restore(self) -> None:
+        """Put the last good ones back."""
+        for buffers, _, _, good_views, _ in self.groups:
+            torch._foreach_copy_(buffers, good_views)
+
     @torch.no_grad()
     def keep_or_restore(self, found_inf: Tensor) -> None:
         """Keep the buffers where found_inf is 0, put the last good ones back where it is not."""
@@ -253,6 +266,20 @@ class _Guard:
             torch._foreach_copy_(now_views, buffers)
             torch.where(found_inf == 0, now, good, out=good)
             torch._foreach_copy_(buffers, good_views)
+
+
+def _raise_lack_of_memory(error: RuntimeError) -> None:
+    """Raise the one that torch.compile wrapped: it is no failure of the compiler's."""
+    cause = getattr(error, "inner_exception", None)
+    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+        raise cause from error
+
+
+def _of_compiler(error: RuntimeError) -> bool:
+    """Whether it is torch.compile's, whichever pass it is raised in."""
+    from torch._dynamo.exc import TorchDynamoException  # a second to import
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _split(flat: Tensor, like: list[Tensor], sizes: list[int]) -> list[Tensor]:

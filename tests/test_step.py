@@ -1,11 +1,13 @@
 """The training step: what it computes, and that a step that is not finite changes nothing."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from infobatch_fast import Batch, InfoBatch
 from infobatch_fast.models import make_model
@@ -222,25 +224,121 @@ def test_fifty_compiled_steps_follow_the_eager_ones(amp: str, limit: float) -> N
     assert list(compiled.state_dict()["model"]) == list(plain.state_dict()["model"])
 
 
-def test_a_compiler_that_fails_is_told_and_nothing_is_lost(monkeypatch) -> None:
-    from torch._dynamo.exc import TorchDynamoException
+class _Through(torch.autograd.Function):
+    """The same values, whose backward raises, as where a backward cannot be compiled."""
 
-    def broken(model: nn.Module, dynamic: bool):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, error: Exception) -> Tensor:
+        ctx.error = error
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ctx.error
+
+
+def fail_in(monkeypatch: pytest.MonkeyPatch, where: str, error: Exception) -> list[str]:
+    """A torch.compile that fails so in one of the passes; returns what is called of it."""
+    called: list[str] = []
+
+    def compile(model: nn.Module, dynamic: bool):
         def forward(images: Tensor) -> Tensor:
-            raise TorchDynamoException("no compiler\n was found")
+            called.append(where)
+            logits = model(images)  # the buffers are no longer what they were
+            if where == "forward":
+                raise error
+            # A part of the gradients is there when the backward fails.
+            weight = next(p for p in reversed(list(model.parameters())) if p.dim() == 2)
+            weight.grad = torch.ones_like(weight)
+            return _Through.apply(logits, error)  # pyright: ignore[reportReturnType]
 
         return forward
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", compile)
+    return called
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_compiler_that_fails_is_told_and_nothing_is_lost(
+    where: str, amp: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = fail_in(monkeypatch, where, TorchDynamoException("no compiler\n was found"))
+    said: list[str] = []
+    plain, compiled = make_step(amp=amp), make_step(amp=amp, compile=True, say=said.append)
+    for seed in range(3):
+        plain(*make_batch(seed), 0.05, 0.9)
+        compiled(*make_batch(seed), 0.05, 0.9)
+        assert_same(everything(plain), everything(compiled))
+    assert plain.read_counts() == compiled.read_counts()
+    assert said == ["WARNING: the network is not compiled: no compiler was found"]
+    assert called == [where]
+    with pytest.raises(RuntimeError, match=r"^no compiler"):
+        make_step(amp=amp, compile=True)(*make_batch(0), 0.05, 0.9)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError),
+        (BackendCompilerFailed(None, torch.OutOfMemoryError("no memory"), None),
+         torch.OutOfMemoryError),
+        (BackendCompilerFailed(None, MemoryError("no memory"), None), MemoryError),
+        (RuntimeError("no memory"), RuntimeError),
+        (ValueError("no memory"), ValueError),
+    ],
+)  # fmt: skip
+def test_what_is_no_failure_of_the_compiler_is_raised(
+    where: str, error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_in(monkeypatch, where, error)
+    said: list[str] = []
+    step = make_step(compile=True, say=said.append)
+    with pytest.raises(raised, match=r"^no memory$") as info:
+        step(*make_batch(0), 0.05, 0.9)
+    assert type(info.value) is raised
+    assert said == []
+    assert step.forward is not step.model
+
+
+def test_an_eager_step_that_fails_is_no_compilers_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    step = make_step(say=said.append)
+
+    def fail(images: Tensor) -> Tensor:
+        raise TorchDynamoException("of the network's own")
+
+    monkeypatch.setattr(step.model, "forward", fail)
+    with pytest.raises(TorchDynamoException, match="own"):
+        step(*make_batch(0), 0.05, 0.9)
+    assert said == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11's own compiler
+def test_a_backward_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.graph import GraphLowering
+
+    lower = GraphLowering.run
+
+    def run(self: GraphLowering, *arguments: Any) -> Any:
+        if self.is_backward:
+            raise RuntimeError("no code for it")
+        return lower(self, *arguments)
+
+    monkeypatch.setattr(GraphLowering, "run", run)
+    # Another test may have had the same network compiled.
+    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
+    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
+    torch.compiler.reset()
     said: list[str] = []
     plain, compiled = make_step(), make_step(compile=True, say=said.append)
     for seed in range(2):
         plain(*make_batch(seed), 0.05, 0.9)
         compiled(*make_batch(seed), 0.05, 0.9)
-    assert said == ["WARNING: the network is not compiled: no compiler was found"]
+    assert said == ["WARNING: the network is not compiled: RuntimeError: no code for it"]
     assert_same(everything(plain), everything(compiled))
-    with pytest.raises(RuntimeError, match=r"^no compiler"):
-        make_step(compile=True)(*make_batch(0), 0.05, 0.9)
 
 
 def test_a_model_without_buffers() -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import loader_peers
 import loader_sides
@@ -14,14 +15,18 @@ import pytest
 import throughput
 import throughput_report
 import throughput_rows
+import throughput_tables
 import torch
+import torch.nn.functional as F
 import training_forms
 import training_rows
 from loader_peers import PEERS, Peer, make_sides
 from loader_sides import IMAGE_BYTES, TOLERANCE, Setting, Side, compare
 from throughput_rows import Limit
 from torch import Tensor, nn
-from training_forms import FORMS, Trainer, Unavailable, flop_an_image, make_epoch
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_forms import FORMS, Trainer, Unavailable, make_epoch
+from training_work import Work, traffic, work_an_image
 
 from infobatch_fast import graph, measure
 from infobatch_fast.augment import augmentation
@@ -35,7 +40,7 @@ from infobatch_fast.step import TrainStep
 
 CPU = torch.device("cpu")
 LIMITS = {
-    "copy": Limit("copy", 1e9),
+    "copy": Limit("copy", 3e9),
     "float32": Limit("float32 convolution", 1e9),
     "bfloat16": Limit("bfloat16 matrix product", 2e9),
 }
@@ -280,14 +285,106 @@ def test_worker_processes_end_with_their_side(setting: Setting) -> None:
 
 def test_flop_of_networks_counted_by_hand() -> None:
     # Forward and the weights' gradient; the first layer's input wants none.
-    assert flop_an_image(nn.Linear(10, 5), (10,)) == 2 * (2 * 10 * 5)
+    assert work_an_image(nn.Linear(10, 5), 4, (10,)).flop == 2 * (2 * 10 * 5)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 32 * 32, 10)
     )
     convolution, linear = 2 * 8 * (3 * 9) * 32 * 32, 2 * 8 * 32 * 32 * 10
-    assert flop_an_image(net) == 2 * convolution + 3 * linear
+    assert work_an_image(net, 2).flop == 2 * convolution + 3 * linear
     # Published: 0.56 GFLOP (multiply-adds) forward, less the first layer's one gradient.
-    assert flop_an_image(make_model("r18", seed=0)) == pytest.approx(6 * 0.5564e9, rel=0.01)
+    assert work_an_image(make_model("r18", seed=0), 2).flop == pytest.approx(6 * 0.5564e9, rel=0.01)
+
+
+def test_work_of_a_resnet50_an_image() -> None:
+    # Known apart from this count: 7.78 GFLOP, and 147 MB in eager bfloat16.
+    network = make_model("r50", seed=0)
+    before = [tensor.clone() for tensor in network.state_dict().values()]
+    work = work_an_image(network, 200, amp="bf16")
+    assert work.flop == pytest.approx(7.78e9, rel=1e-3)
+    assert work.bytes == pytest.approx(147e6, rel=0.03)
+    after = network.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None and not p.is_meta for p in network.parameters())
+
+
+class _Sum(TorchDispatchMode):
+    """Adds up the traffic of real operations."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.total += traffic(func, args, kwargs or {}, result)
+        return result
+
+
+A, H = torch.ones(6, 4), torch.ones(6, 4, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("call", "numbers"),
+    [
+        (lambda: A + A, 3 * 24),
+        (lambda: H + H, 3 * 12),
+        (lambda: A.to(torch.bfloat16), 24 + 12),
+        (lambda: A.clone().add_(1.0), 2 * 24 + 2 * 24),
+        (lambda: A @ A.t(), 24 + 24 + 36),
+        (lambda: A.sum(), 25),
+        (lambda: torch.cat([A, A]), 48 + 48),
+        (lambda: (A.t(), A.view(24), A[2:], A.detach(), A.expand(2, 6, 4)), 0),
+        (lambda: (torch.empty(99), torch.empty_like(A), A.new_empty(7)), 0),
+        (lambda: (torch.zeros(7), torch.zeros_like(A), A.new_ones(5)), 7 + 24 + 5),
+        (lambda: torch.empty(6, 4).copy_(H), 12 + 24),
+        (lambda: torch.empty(9).zero_(), 9),
+    ],
+)
+def test_traffic_of_an_operation(call: Callable[[], object], numbers: int) -> None:
+    with _Sum() as moved:
+        call()
+    assert moved.total == 4 * numbers
+
+
+def test_traffic_of_convolution_and_batch_norm_backward() -> None:
+    batch, size = 4 * 8 * 16 * 16, 8 * 8 * 9
+    for first in (True, False):
+        images = torch.randn(4, 8, 16, 16, requires_grad=not first)
+        weight = torch.randn(8, 8, 3, 3, requires_grad=True)
+        with _Sum() as moved:
+            result = F.conv2d(images, weight, padding=1)
+            assert moved.total == 4 * (2 * batch + size)
+            gradient = torch.ones_like(result)
+            moved.total = 0
+            torch.autograd.grad(result, [weight] if first else [images, weight], gradient)
+        # The gradient, the batch and the weight to the weight's gradient; beyond the first layer
+        # the gradient again, to the batch's.
+        numbers = 2 * batch + 2 * size + (0 if first else 2 * batch)
+        assert moved.total == 4 * numbers
+    norm = nn.BatchNorm2d(8)
+    images = torch.randn(4, 8, 16, 16, requires_grad=True)
+    with _Sum() as moved:
+        result = norm(images)
+        # And vectors: a few reads and writes of a number a channel, and a count.
+        assert 0 < moved.total - 4 * 3 * batch <= 4 * 8 * 10
+        gradient = torch.ones_like(result)
+        moved.total = 0
+        result.backward(gradient)
+    assert 0 < moved.total - 4 * 5 * batch <= 4 * 8 * 12
+
+
+def test_the_bytes_are_of_the_precision_and_of_the_batch() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 10))
+    weights = sum(p.numel() for p in net.parameters())
+    works = {size: work_an_image(net, size) for size in (1, 2, 1000)}
+    assert len({work.flop for work in works.values()}) == 1
+    # Forward the weights are read and backward their gradients written (the second layer's weight
+    # is read there too), once a batch.
+    of_one = works[1].bytes - 2 * (works[1].bytes - works[2].bytes)
+    assert works[1].bytes - of_one == pytest.approx(4 * (2 * weights + 640), rel=0.01)
+    assert works[1000].bytes == pytest.approx(of_one + 4 * (2 * weights + 640) / 1000, rel=0.01)
+    bf16 = work_an_image(make_model("small", seed=0), 1000, amp="bf16")
+    full = work_an_image(make_model("small", seed=0), 1000)
+    assert bf16.flop == full.flop
+    assert bf16.bytes == pytest.approx(full.bytes / 2, rel=0.03)
 
 
 def test_arithmetic() -> None:
@@ -347,6 +444,7 @@ def test_a_trainer_trains_on_what_it_says(form: str, data: Dataset) -> None:
     assert step.read_counts().skipped == 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11's own compiler
 def test_rows_of_training(bench: throughput_rows.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(calls, *args, **kwargs):
         if set(calls) == {"0.0", "0.5"}:
@@ -367,7 +465,7 @@ def test_rows_of_training(bench: throughput_rows.Run, monkeypatch: pytest.Monkey
     training_rows.run_training(
         bench, LIMITS, {"small": ("eager", "amp", "graph")}, 0.5, {"small": 100}
     )
-    flop = flop_an_image(make_model("small", seed=0))
+    flop, traffic = work_an_image(make_model("small", seed=0), 100)
     full, pruned, *absent = bench.lines.lines
     assert full["case"] == {"model": "small", "batch_size": 100, "form": "eager", "ratio": 0.0}
     assert pruned["case"]["ratio"] == 0.5
@@ -380,9 +478,16 @@ def test_rows_of_training(bench: throughput_rows.Run, monkeypatch: pytest.Monkey
         assert more["resident_images/s"] == 2 * 100 / 2
         steps = kept // 100  # of the loader alone: as many as the shorter epoch has
         assert more["loader_images/s"] == steps * 100
+        share = 100 * steps * 100 * IMAGE_BYTES / 3e9
+        assert more["loader_copy_limit_percent"] == pytest.approx(share)
         assert more["compute_limit"] == "float32 convolution"
         assert more["compute_limit_percent"] == pytest.approx(100 * 50 * flop / 1e9)
         assert more["resident_compute_limit_percent"] == pytest.approx(100 * 100 * flop / 1e9)
+        assert more["TFLOP/s"] == pytest.approx(50 * flop / 1e12)
+        assert more["resident_TFLOP/s"] == pytest.approx(100 * flop / 1e12)
+        assert more["copy_limit_percent"] == pytest.approx(100 * 50 * traffic / 3e9)
+        assert more["resident_copy_limit_percent"] == pytest.approx(100 * 100 * traffic / 3e9)
+        assert (more["image_FLOP"], more["eager_image_bytes"]) == (flop, traffic)
         assert more["dataset_images/s"] == pytest.approx(800 / (choose + images / 50))
         assert (more["epoch_images"], more["choose_s"]) == (images, choose)
     assert full["more"]["well_learned_percent"] == 0
@@ -390,10 +495,95 @@ def test_rows_of_training(bench: throughput_rows.Run, monkeypatch: pytest.Monkey
     assert [line["absent"] for line in absent[:2]] == ["failed: no bfloat16"] * 2
     assert [line["case"]["form"] for line in absent] == ["amp", "amp", "graph", "graph"]
     assert {line["absent"] for line in absent[2:]} == {"CUDA graphs need a CUDA device"}
-    table = throughput_report.training_table(bench.lines.lines)
-    headers, _, *cells = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table)
-    assert headers[2:6] == ["limit", "network alone", "fed", "loader alone (% of copy)"]
-    assert [row[2] for row in cells] == ["float32 convolution"] * 2
+
+
+def test_a_form_is_held_against_the_work_of_its_own_precision(
+    bench: throughput_rows.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[int, str]] = []
+
+    def work(network: nn.Module, batch_size: int, *, amp: str) -> Work:
+        counted.append((batch_size, amp))
+        return Work(1e6, 4e6 if amp == "off" else 2e6)
+
+    monkeypatch.setattr(training_rows, "work_an_image", work)
+    forms = {"small": ("eager", "channels_last", "amp")}
+    training_rows.run_training(bench, LIMITS, forms, 0.5, {"small": 100})
+    assert sorted(counted) == [(100, "bf16"), (100, "off")]  # once each, whatever the forms
+    for line in bench.lines.lines:
+        limit, traffic = (2e9, 2e6) if line["case"]["form"] == "amp" else (1e9, 4e6)
+        more, rate = line["more"], line["median"]
+        assert more["compute_limit_percent"] == pytest.approx(100 * rate * 1e6 / limit)
+        assert more["copy_limit_percent"] == pytest.approx(100 * rate * traffic / 3e9)
+
+
+def trained(bench: throughput_rows.Run) -> dict:
+    """A row of training with figures that all differ, in the bench's lines."""
+    case = {"model": "r50", "batch_size": 200, "form": "graph", "ratio": 0.5}
+    rate = {"median": 20_000.0, "p20": 19_000.0, "p80": 21_000.0, "count": 9}
+    more = {
+        "compute_limit": "bfloat16 matrix product",
+        "TFLOP/s": 155.6,
+        "compute_limit_percent": 19.5,
+        "copy_limit_percent": 68.4,
+        "resident_images/s": 22_000.0,
+        "resident_TFLOP/s": 171.2,
+        "resident_compute_limit_percent": 21.4,
+        "resident_copy_limit_percent": 75.2,
+        "loader_images/s": 900_000.0,
+        "loader_copy_limit_percent": 0.31,
+        "image_FLOP": 7.78e9,
+        "eager_image_bytes": 147e6,
+        "dataset_images/s": 33_000.0,
+    }
+    of = {"data": "cifar10", "source": "genuine", "load_average": 0.0, "cores": 9}
+    bench.lines._of["options"] |= of
+    return bench.lines.add("training", case, "images/s", rate, more)
+
+
+def test_tables_of_training(bench: throughput_rows.Run) -> None:
+    line = trained(bench)
+    tables = (throughput_tables.training_table, throughput_tables.work_table)
+    rates, work = (
+        [[cell.strip() for cell in row.split("|")[1:-1]] for row in table([line])]
+        for table in tables
+    )
+    headers = ["network alone", "fed", "loader alone (% of the copy limit)", "of the data set"]
+    assert rates[0][2:] == headers
+    name = ["r50, batch 200, graph", "r=0.5"]
+    assert rates[2:] == [[*name, "22,000", "20,000", "900,000 (0.310%)", "33,000"]]
+    assert work[0] == [
+        "TFLOP/s (% of the limit, % of the copy limit*)",
+        *("epoch", "limit", "GFLOP an image", "MB an image*", "network alone", "fed"),
+    ]
+    shares = ["171 (21.4%, 75.2%)", "156 (19.5%, 68.4%)"]
+    assert work[2:] == [[*name, "bfloat16 matrix product", "7.78", "147", *shares]]
+    text = "\n".join(throughput_tables.summary([line]))
+    assert "* of the bytes that an eager step at the form's precision reads and writes" in text
+    assert "its share may pass 100%" in text
+
+
+def test_the_plot_says_what_is_achieved_of_both_limits(
+    bench: throughput_rows.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    text = throughput_report.Axes.text
+
+    def spy(self: throughput_report.Axes, x: float, y: float, words: str, **how: Any):
+        said.append(words)
+        return text(self, x, y, words, **how)
+
+    monkeypatch.setattr(throughput_report.Axes, "text", spy)
+    notes: list[str] = []
+    monkeypatch.setattr(
+        throughput_report.Figure, "supxlabel", lambda self, words, **how: notes.append(words)
+    )
+    assert throughput_report.draw([trained(bench)], tmp_path / "plot.png")
+    assert said == [
+        "fed: images/s, TFLOP/s,\n% of arithmetic, of copying*",
+        "20,000, 156, 19.5%, 68.4%",
+    ]
+    assert notes == [throughput_tables.COPYING]
 
 
 @pytest.fixture
@@ -450,6 +640,7 @@ def test_a_capture_that_fails_is_no_figure(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11's own compiler
 def test_the_form_graph_is_unavailable_on_a_cpu(data: Dataset) -> None:
     loader = TorchLoader(data.images, data.labels, 50, mean=data.mean, std=data.std)
     epoch = make_epoch(800, 50, 0.5, 1, CPU)
@@ -547,6 +738,7 @@ def test_synthetic_images_stand_in_for_missing_data(tmp_path, monkeypatch, data)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11's own compiler
 @pytest.mark.usefixtures("no_packages")
 def test_a_whole_run(data: Dataset, tmp_path: Path, capsys, monkeypatch) -> None:
     genuine = replace(data, source="genuine")
@@ -579,7 +771,9 @@ def test_a_whole_run(data: Dataset, tmp_path: Path, capsys, monkeypatch) -> None
     assert text[-2].startswith("These are figures of ")
     assert "busy" not in said.out
     assert "images/s (% of the copy limit)" in said.out
-    assert "| small, batch 200, eager" in said.out
+    assert said.out.count("| small, batch 200, eager") == 4  # of two epochs in two tables
+    assert "TFLOP/s (% of the limit, % of the copy limit*)" in said.out
+    assert "may pass 100%" in said.out
     assert "absent: small, 200, graph, 0.4: CUDA graphs need a CUDA device" in said.out
     assert multiprocessing.active_children() == []
 
@@ -695,7 +889,7 @@ def test_a_plot_of_nothing_is_none(tmp_path: Path, bench: throughput_rows.Run) -
     bench.lines.add_absent("loaders", {"side": "x"}, "failed")
     assert not throughput_report.draw(bench.lines.lines, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
-    assert throughput_report.summary(bench.lines.lines) == ["", "absent: x: failed"]
+    assert throughput_tables.summary(bench.lines.lines) == ["", "absent: x: failed"]
 
 
 @pytest.mark.gpu
