@@ -19,9 +19,11 @@ from infobatch_fast.errors import UserError
 from infobatch_fast.report_benchmarks import benchmark_tables
 from infobatch_fast.report_groups import Section, counted, main_source, sections
 from infobatch_fast.report_page import MARK, Block, Heading, Table, Text, markdown, page, printable
+from infobatch_fast.report_paired import AGAINST, comparison
 from infobatch_fast.report_plots import plots
 from infobatch_fast.report_read import read
 from infobatch_fast.report_records import Inputs, Run
+from infobatch_fast.report_samples import samples
 from infobatch_fast.report_tables import experiment, notes, run_tables
 
 TITLE = "InfoBatch: experiments and benchmarks"
@@ -29,7 +31,7 @@ NAMES = ("report.md", "report.html")
 PAPER = "https://arxiv.org/abs/2303.04947"
 NONE_REPORTED = "No run of the reported setting was given: none of its figures is measured."
 _MOST_PLOTTED = 8  # settings
-_EMPTY = Section({"epochs": 200}, "", True, False, True, (), ())
+_EMPTY = Section({"epochs": 200, "data_fraction": 1.0}, "", True, False, True, (), ())
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def compose(inputs: Inputs) -> list[Block]:
         blocks += _experiments(found)
         blocks += [Heading("Run by run", 2), *run_tables(inputs.runs, source)]
         blocks += _plots(found)
+        blocks += samples(found)
     if inputs.benchmarks:
         blocks += [Heading("Benchmarks", 2), *benchmark_tables(inputs.benchmarks)]
     if inputs.bad:
@@ -111,7 +114,7 @@ def _experiments(found: Sequence[Section]) -> list[Block]:
     for section in found:
         if not section.reported:
             continue
-        blocks += [Heading(section.title, 3), *experiment(section)]
+        blocks += [Heading(section.title, 3), *experiment(section), *comparison(section)]
     others = [section for section in found if not section.reported]
     if others:
         blocks += [
@@ -119,7 +122,7 @@ def _experiments(found: Sequence[Section]) -> list[Block]:
             Text("These are not the reported setting, and not comparable with its figures."),
         ]
     for section in others:
-        blocks += [Heading(section.title, 3), *experiment(section)]
+        blocks += [Heading(section.title, 3), *experiment(section), *comparison(section)]
     return blocks
 
 
@@ -185,6 +188,8 @@ def _essence(inputs: Inputs) -> Iterator[str]:
                 about = "" if section.reported else " (not the reported setting)"
                 blocks += [Heading(section.title + about, 3), experiment(section)[0]]
                 blocks += notes(section)
+                against = comparison(section)
+                blocks += [Heading(AGAINST, 3), *against] if against else []
         blocks += [Heading("Figures of each run", 3), run_tables(inputs.runs, source)[1]]
     blocks += [b for b in benchmark_tables(inputs.benchmarks) if not isinstance(b, Text)]
     for block in blocks:

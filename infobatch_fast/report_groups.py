@@ -4,80 +4,18 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from infobatch_fast import report_methods
+from infobatch_fast.report_methods import ABLATION, FULL, REPORTED, Method, method_of
 from infobatch_fast.report_records import Run
 
-DELTA = 0.875  # of the reported runs
 # What a run's figures do not depend on (but for its noise), or what names its method instead. A
 # preset is the defaults of the settings that stand beside it.
 _NO_SETTING = (
     *("seed", "preset", "device"),
     *("loader", "eval_every", "checkpoint_every", "telemetry", "host_syncs"),
 )
-_METHOD = ("ratio", "delta", "policy", "rescale", "anneal")
-
-
-class Method(NamedTuple):
-    """What an epoch leaves out; two configurations that train alike are the same method.
-
-    Attributes:
-        policy: soft (InfoBatch), random, ...; none for full data.
-        ratio: r.
-        delta: share of the epochs that prune; 1.0 is without annealing.
-        rescale: whether the kept samples are weighted.
-    """
-
-    policy: str
-    ratio: float = 0.5
-    delta: float = DELTA
-    rescale: bool = True
-
-    @property
-    def label(self) -> str:
-        """As it stands in the tables."""
-        if self.policy == "none":
-            return "full data"
-        anneal = self.delta < 1
-        delta = f" delta={self.delta:g}" if anneal and self.delta != DELTA else ""
-        if self.policy == "soft" and self.rescale and anneal:
-            return f"InfoBatch r={self.ratio:g}{delta}"
-        parts = " + rescale" * self.rescale + " + anneal" * anneal
-        return f"{self.policy} r={self.ratio:g}{parts}{delta}"
-
-
-FULL = Method("none", 0.0, 0.0, False)
-
-
-class Figures(NamedTuple):
-    """The reported figures of a method; None where a figure is not reported."""
-
-    accuracy: float  # percent
-    minutes: float | None = None
-    overhead_hours: float | None = None
-    total_hours: float | None = None
-
-    @property
-    def hours(self) -> float | None:
-        """The minutes in hours."""
-        return None if self.minutes is None else self.minutes / 60
-
-
-# From the InfoBatch paper (arXiv:2303.04947): one A100, CIFAR-10, ResNet-50, 200 epochs, batch 200,
-# LARS, max lr 5.2.
-REPORTED = {
-    FULL: Figures(95.52, 231.10),
-    Method("soft", 0.3): Figures(95.50, 184.66),
-    Method("soft", 0.5): Figures(95.53, 148.44, 0.057, 2.48),
-    Method("soft", 0.7): Figures(95.17, 113.83),
-}
-ABLATION = {
-    Method("random", delta=1.0, rescale=False): ("random", 95.52),
-    Method("soft", delta=1.0, rescale=False): ("soft", 95.60),
-    Method("soft", delta=1.0): ("soft + rescale", 95.34),
-    Method("soft", rescale=False): ("soft + anneal", 95.59),
-    Method("soft"): ("soft + rescale + anneal", 95.53),
-}
 _REPORTED_SETTING = {
     "model": "r50",
     "dataset": "cifar10",
@@ -87,6 +25,7 @@ _REPORTED_SETTING = {
     "max_lr": 5.2,
     "weight_decay": 5e-4,
     "label_smoothing": 0.1,
+    "data_fraction": 1.0,
 }
 
 
@@ -136,6 +75,8 @@ class Section:
         """Model, data, length, optimizer, what sets it apart, and device."""
         s = self.setting
         data = f"SYNTHETIC data ({s['dataset']})" if self.synthetic else s["dataset"]
+        if s["data_fraction"] < 1:
+            data = f"{_fraction(s['data_fraction'])} of {data}"
         return (
             f"{s['model']} on {data}, {counted(s['epochs'], 'epoch')}, batch {s['batch_size']}, "
             f"{s['optimizer']}, max lr {s['max_lr']:g}{self.apart}; {self.device}"
@@ -144,7 +85,7 @@ class Section:
     @property
     def others(self) -> str:
         """The settings that the title leaves out."""
-        told = ("model", "dataset", "epochs", "batch_size", "optimizer", "max_lr")
+        told = ("model", "dataset", "epochs", "batch_size", "optimizer", "max_lr", "data_fraction")
         return ", ".join(f"{k} {v}" for k, v in sorted(self.setting.items()) if k not in told)
 
     def row(self, method: Method) -> list[Row]:
@@ -157,15 +98,6 @@ class Section:
         known = {*REPORTED, *ABLATION}
         epochs = self.setting["epochs"]
         return [r for r in self.rows if r.method not in known or r.epochs != epochs]
-
-
-def method_of(run: Run) -> Method:
-    """What a run's epochs leave out."""
-    config = run.config
-    if config["policy"] == "none" or config["ratio"] == 0 or config["delta"] == 0:
-        return FULL
-    delta = config["delta"] if config["anneal"] else 1.0
-    return Method(config["policy"], config["ratio"], delta, config["rescale"])
 
 
 def main_source(runs: Sequence[Run]) -> tuple[str, bool]:
@@ -191,6 +123,8 @@ def state_of(run: Run, source: str) -> str:
         states.append("OTHER SOURCE")
     if run.about["data"] != "genuine":
         states.append("SYNTHETIC data")
+    if run.data_fraction < 1:
+        states.append(_fraction(run.data_fraction))
     return "; ".join(states)
 
 
@@ -261,13 +195,18 @@ def mean(values: Sequence[float], digits: int | None = None) -> str:
 
 
 def _setting(run: Run) -> dict[str, Any]:
-    dropped = (*_NO_SETTING, *_METHOD)
-    return {
+    dropped = (*_NO_SETTING, *report_methods.SETTINGS)
+    setting = {
         name: value
         for name, value in run.config.items()
         if name not in dropped
         and (not name.startswith("synthetic_") or run.config["dataset"] == "synthetic")
     }
+    return {**setting, "data_fraction": run.data_fraction}
+
+
+def _fraction(share: float) -> str:
+    return f"{100 * share:g}% OF THE DATA"
 
 
 def _told_apart(found: Sequence[Section]) -> list[Section]:

@@ -1,36 +1,36 @@
-"""The plots of one setting's runs, as SVG that takes the page's own text colour.
+"""The plots of one setting's runs."""
 
-Colours are those of Okabe and Ito that are seen on white and on black; a marker, a line style or a
-hatch tells apart what the colour does.
-"""
-
-import io
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from infobatch_fast.report_groups import Section, counted, method_of
+from infobatch_fast.report_drawing import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    TEXT,
+    WIDTH,
+    labels_of,
+    legend,
+    one_plot,
+    plain,
+    some,
+    svg,
+    wrapped,
+)
+from infobatch_fast.report_groups import Section, counted
 from infobatch_fast.report_page import Block, Plot, Text
 from infobatch_fast.report_records import Run, training_seconds
 
-_TEXT = "#010203"  # stands for the page's text colour until `_svg`
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", _TEXT)
-_BARS = (*_COLOURS[:-1], "#999999")  # hatched in the text colour
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_LINES = ("-", "--", "-.", ":")
+_BARS = (*COLOURS[:-1], "#999999")  # hatched in the text colour
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++")
-_WIDTH = 6.4  # inches
-_LINE = 36  # characters of a label
 _MOST_HISTOGRAMS = 6
-_MOST_NAMED = 12  # runs that an alternative text tells of
 
 
 def plots(section: Section) -> list[Block]:
@@ -117,10 +117,10 @@ def _lines(
         words: title, and the labels of the axes with their units.
     """
     title, x_label, y_label = words
-    labels = _labels(section)
+    labels = labels_of(section)
     styles = {label: number for number, label in enumerate(dict.fromkeys(labels.values()))}
     entries: dict[str, tuple[Any, list[str]]] = {}
-    figure, axes = _figure(3.4 + 0.22 * -(-len(styles) // 2))
+    figure, axes = one_plot(3.4)
     ends = []
     for run in runs:
         label = labels[run.letter]
@@ -129,9 +129,9 @@ def _lines(
         (line,) = axes.plot(
             xs,
             ys,
-            color=_COLOURS[number % len(_COLOURS)],
-            linestyle=_LINES[number % len(_LINES)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=LINES[number % len(LINES)],
+            marker=MARKERS[number % len(MARKERS)],
             markersize=4,
             linewidth=1.3,
             # The last point has its marker; the others' are thinned out.
@@ -144,18 +144,9 @@ def _lines(
     axes.set_ylabel(y_label)
     if x_label == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(
-        [line for line, _ in entries.values()],
-        [_wrapped(label, names) for label, (_, names) in entries.items()],
-        loc="outside lower left",
-        ncols=2 if len(entries) > 1 else 1,
-        frameon=False,
-        labelcolor=_TEXT,
-        handlelength=3.4,
-        fontsize=8,
-    )
-    alt = f"A line for each run; {y_label} over {x_label}. {_some(ends)}."
-    return Plot(_svg(figure), title, alt)
+    legend(figure, entries)
+    alt = f"A line for each run; {y_label} over {x_label}. {some(ends)}."
+    return Plot(svg(figure), title, alt)
 
 
 def _phases(section: Section, runs: Sequence[Run]) -> list[Block]:
@@ -213,8 +204,10 @@ def _bars(
 ) -> Plot:
     """A bar for each run, stacked of parts; the one numbered `hollow` is not there, but spared."""
     title, label = words
-    labels = _labels(section)
-    figure, axes = _figure(1.5 + 0.3 * len(runs) + 0.22 * -(-len(parts) // 3))
+    labels = labels_of(section)
+    names = [wrapped(labels[run.letter], [run.letter]) for run in runs]
+    tall = max(0.3, 0.15 * max(1 + name.count("\n") for name in names))
+    figure, axes = one_plot(1.5 + tall * len(runs) + 0.22 * -(-len(parts) // 3))
     places = np.arange(len(runs))
     left = np.zeros(len(runs))
     for number, (name, values) in enumerate(parts.items()):
@@ -227,22 +220,22 @@ def _bars(
             height=0.7,
             color="none" if spared else colour,
             hatch=_HATCHES[number % len(_HATCHES)],
-            edgecolor=_TEXT,
+            edgecolor=TEXT,
             linestyle="--" if spared else "-",
             linewidth=0.6,
             label=name,
         )
         left += values
-    axes.set_yticks(places, [_wrapped(labels[run.letter], [run.letter]) for run in runs])
+    axes.set_yticks(places, names)
     axes.set_ylim(len(runs) - 0.5, -0.5)  # the first on top
     axes.set_xlim(0, 1.04 * left.max() or 1.0)
     axes.set_xlabel(label)
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=TEXT, fontsize=8)
     told = [
         f"{run.letter}: " + ", ".join(f"{name} {say(values[i])}" for name, values in parts.items())
         for i, run in enumerate(runs)
     ]
-    return Plot(_svg(figure), title, f"A bar for each run, in {label}. {_some(told)}.")
+    return Plot(svg(figure), title, f"A bar for each run, in {label}. {some(told)}.")
 
 
 def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
@@ -250,14 +243,14 @@ def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
     if not known:
         return [Text("No plot of the scores: no histogram was recorded.")]
     # The first of each training, then the others.
-    labels = _labels(section)
+    labels = labels_of(section)
     firsts = {labels[run.letter]: run.letter for run in reversed(known)}.values()
     ranked = sorted(known, key=lambda run: run.letter not in firsts)
     chosen = {run.letter for run in ranked[:_MOST_HISTOGRAMS]}
     shown = [run for run in known if run.letter in chosen]
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(_WIDTH, 1.0 + 2.0 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.0 + 2.0 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     tables = {run.letter: _shares(run) for run in shown}
     most = max(np.nanmax(shares) for _, shares in tables.values()) or 1.0
@@ -278,16 +271,17 @@ def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda score, _: f"{score:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_title(_wrapped(labels[run.letter], [run.letter]), fontsize=9, color=_TEXT)
-        _plain(axes, grid=False)
+        axes.set_title(wrapped(labels[run.letter], [run.letter]), fontsize=9, color=TEXT)
+        plain(axes, grid=False)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in list(grid.flat)[len(shown) :]:
         axes.set_visible(False)
-    figure.supxlabel("epoch", fontsize=10, color=_TEXT)
-    figure.supylabel("score (last loss)", fontsize=10, color=_TEXT)
+    figure.supxlabel("epoch", fontsize=10, color=TEXT)
+    by_loss = all(run.config.get("score", "loss") == "loss" for run in shown)
+    figure.supylabel("score (last loss)" if by_loss else "score", fontsize=10, color=TEXT)
     bar = figure.colorbar(colours, ax=list(grid.flat), label="samples (%)")
-    bar.ax.yaxis.label.set_color(_TEXT)
-    bar.ax.tick_params(colors=_TEXT, labelsize=8)
+    bar.ax.yaxis.label.set_color(TEXT)
+    bar.ax.tick_params(colors=TEXT, labelsize=8)
     which = f"each of {len(shown)} runs"
     if len(known) > len(shown):
         which = f"{len(shown)} of the {counted(len(known), 'run')} with histograms"
@@ -298,7 +292,7 @@ def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
         "scores upwards on a logarithmic axis, and the share of the scored samples as colour, "
         "from dark (none) to bright. Scores beyond the recorded bins count in the outermost."
     )
-    return [Plot(_svg(figure), "Scores over the epochs", alt)]
+    return [Plot(svg(figure), "Scores over the epochs", alt)]
 
 
 def _shares(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -325,52 +319,3 @@ def _reach(edges: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
     filled = np.flatnonzero(np.nansum(shares, axis=1))
     low, high = (filled[0], filled[-1] + 1) if len(filled) else (0, -1)
     return float(edges[low]), float(edges[high])
-
-
-def _labels(section: Section) -> dict[str, str]:
-    """What a run's line is called, by its letter: as its row in the tables."""
-    labels = {run.letter: method_of(run).label for run in section.runs}
-    return labels | {run.letter: row.label for row in section.rows for run in row.runs}
-
-
-def _wrapped(label: str, names: Sequence[str]) -> str:
-    """A label with its runs' letters, in lines short enough for half a plot's width."""
-    whole = f"{label}: {', '.join(names)}"
-    if len(whole) <= _LINE:
-        return whole
-    return "\n".join([f"{label}:", *textwrap.wrap(", ".join(names), _LINE)])
-
-
-def _some(told: Sequence[str]) -> str:
-    more = f"; and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
-    return "; ".join(told[:_MOST_NAMED]) + more
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
-    _plain(axes)
-    return figure, axes
-
-
-def _plain(axes: Axes, *, grid: bool = True) -> None:
-    axes.patch.set_visible(False)
-    axes.tick_params(which="both", colors=_TEXT, labelsize=8)
-    axes.xaxis.label.set_color(_TEXT)
-    axes.yaxis.label.set_color(_TEXT)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_TEXT)
-    if grid:
-        axes.grid(color=_TEXT, alpha=0.15, linewidth=0.6)
-        axes.set_axisbelow(True)
-
-
-def _svg(figure: Figure) -> str:
-    """The drawing alone: no XML header, no metadata, no style sheet for the page it stands in."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, dpi=144, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg ") :]
-    start, stop = text.index("<style"), text.index("</style>") + len("</style>")
-    return (text[:start] + text[stop:]).replace(_TEXT, "currentColor")

@@ -9,7 +9,10 @@ from typing import Any
 from infobatch_fast import record
 from infobatch_fast import report_rules as rules
 from infobatch_fast.errors import UserError, reason
+from infobatch_fast.report_inside import read_inside
 from infobatch_fast.report_records import Benchmark, Inputs, Run
+
+_REST = "the rest is reported"
 
 
 def read(paths: Sequence[Path]) -> Inputs:
@@ -34,7 +37,10 @@ def read(paths: Sequence[Path]) -> Inputs:
             seen.add(resolved)
             try:
                 if place.is_dir():
-                    runs[resolved], problems = _read_run(resolved, _letters(len(runs)))
+                    run, problems = _read_run(resolved, _letters(len(runs)))
+                    inside, broken = read_inside(resolved, run)
+                    runs[resolved] = replace(run, inside=inside)
+                    bad |= {str(place / name): f"{why}; {_REST}" for name, why in broken}
                 else:
                     benchmarks[resolved], problems = _read_benchmark(place)
             except (OSError, UserError) as error:
@@ -43,7 +49,7 @@ def read(paths: Sequence[Path]) -> Inputs:
             if problems:
                 more = len(problems) - 1
                 others = f", and {more} more {'lines' if more > 1 else 'line'}" if more else ""
-                bad[str(place)] = f"{problems[0]}{others}; the rest is reported"
+                bad[str(place)] = f"{problems[0]}{others}; {_REST}"
     names = _names(list(runs), 1) | _names(list(benchmarks), 2)
     return Inputs(
         _with_copies([replace(run, name=names[path]) for path, run in runs.items()]),
@@ -127,7 +133,7 @@ def _read_run(folder: Path, letter: str) -> tuple[Run, list[str]]:
     about = _object(_bytes(folder / record.CONFIG), record.CONFIG)
     rules.check(about, rules.ABOUT, record.CONFIG, rules.ABOUT_NEW)
     config = about["config"]
-    rules.check(config, rules.CONFIG, f"config of {record.CONFIG}")
+    rules.check(config, rules.CONFIG, f"config of {record.CONFIG}", rules.CONFIG_NEW)
     for name, value in config.items():
         if isinstance(value, (dict, list)):
             raise UserError(f"config of {record.CONFIG}: {name} must be a plain value")

@@ -1,8 +1,52 @@
 """What a report is made of: records of runs, and lines of benchmarks."""
 
+import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Sample(NamedTuple):
+    """A training sample, and in how many epochs it was trained on.
+
+    Attributes:
+        number: its index.
+        label: of its class.
+        kept: epochs.
+        score: after the last epoch; NaN where there is none, or it is not recorded.
+        data: its image, (32, 32, 3) uint8, or its scores after each epoch, (E,) float32.
+    """
+
+    number: int
+    label: int
+    kept: int
+    score: float
+    data: np.ndarray
+
+
+class Inside(NamedTuple):
+    """What became of single samples; what was not recorded is empty.
+
+    So are images and classes of a run that pruned nothing.
+
+    Attributes:
+        least: samples that were kept least, with their images, ascending.
+        most: those that were kept most often, descending.
+        classes: share of the (sample, epoch) pairs that were left out, by label.
+        tracked: samples with their scores, in the order of how often they were kept.
+    """
+
+    least: tuple[Sample, ...] = ()
+    most: tuple[Sample, ...] = ()
+    classes: Mapping[int, float] = MappingProxyType({})
+    tracked: tuple[Sample, ...] = ()
+
+
+NOTHING = Inside()
 
 
 @dataclass(frozen=True)
@@ -18,6 +62,7 @@ class Run:
         samples: N, the training samples; None if the record does not tell.
         damaged: whether epochs of epochs.jsonl cannot be read.
         copy_of: the letter of the run that this is a copy of, and not counted beside.
+        inside: what became of single samples.
     """
 
     letter: str
@@ -28,11 +73,29 @@ class Run:
     samples: int | None
     damaged: bool = False
     copy_of: str | None = None
+    inside: Inside = NOTHING
 
     @property
     def config(self) -> dict[str, Any]:
         """The settings."""
         return self.about["config"]
+
+    @property
+    def data_fraction(self) -> float:
+        """Share of the data set's samples that there are; older records have all."""
+        return self.config.get("data_fraction", 1.0)
+
+    @property
+    def expected_share(self) -> float | None:
+        """Share of the samples of the epochs so far that the policy expected to leave out."""
+        shares = [line.get("expected_saving") for line in self.epochs]
+        known = [share for share in shares if share is not None]
+        return statistics.fmean(known) if known and len(known) == len(shares) else None
+
+    def class_name(self, label: int) -> str:
+        """As the data set calls it."""
+        names = self.about.get("classes") or []
+        return names[label] if label < len(names) else f"class {label}"
 
     @property
     def complete(self) -> bool:

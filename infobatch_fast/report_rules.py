@@ -39,6 +39,10 @@ def _is_seconds_by_name(value: Any) -> bool:
     )
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 def _is_histogram(value: Any) -> bool:
     if not isinstance(value, dict) or not value.keys() >= {"low", "high", "counts", "unseen"}:
         return False
@@ -79,7 +83,11 @@ NVML = _or_null(
 # Those whose name ends in NEW are missing in older records.
 ABOUT = {"config": OBJECT, "data": NAME, "source_hash": HASH, "device": OBJECT}
 SAMPLES = {"train": ORDINAL}
-ABOUT_NEW = {"commit": _or_null(TEXT), "samples": OBJECT, "packages": OBJECT}
+ABOUT_NEW = {
+    "commit": _or_null(TEXT),
+    "classes": _or_null(Rule("a list of texts", _is_texts)),
+    **dict.fromkeys(("samples", "packages"), OBJECT),
+}
 CONFIG = {
     **dict.fromkeys(("model", "dataset", "optimizer", "policy"), NAME),
     **dict.fromkeys(("epochs", "batch_size"), ORDINAL),
@@ -87,6 +95,11 @@ CONFIG = {
     **dict.fromkeys(("rescale", "anneal"), FLAG),
     "max_lr": AMOUNT,
     "seed": _number("a whole number of at least 0", 0, 2**63, whole=True),
+}
+CONFIG_NEW = {
+    **dict.fromkeys(("score", "ratio_schedule"), NAME),
+    "target_saving": _or_null(SHARE),
+    "data_fraction": _number("a number in (0, 1]", 1e-18, 1),
 }
 DEVICE = {"type": NAME, "name": TEXT}
 # Without telemetry what pruning took is not known; it is in the training's seconds.
@@ -114,8 +127,17 @@ SUMMARY = {
     "images_per_second": AMOUNT,
     **_SECONDS,
 }
-EPOCH_NEW = {**_NEW, "score_histogram": HISTOGRAM}
-SUMMARY_NEW = {**_NEW, "joules_saved": _or_null(NUMBER), "nvml": NVML}
+EPOCH_NEW = {
+    **_NEW,
+    "score_histogram": HISTOGRAM,
+    **dict.fromkeys(("ratio", "expected_saving"), _or_null(SHARE)),
+}
+SUMMARY_NEW = {
+    **_NEW,
+    "joules_saved": _or_null(NUMBER),
+    "nvml": NVML,
+    **dict.fromkeys(("expected_saving", "target_saving"), _or_null(SHARE)),
+}
 LINE = {
     **dict.fromkeys(("benchmark", "part", "started", "version", "python"), TEXT),
     "source_hash": HASH,

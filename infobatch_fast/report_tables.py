@@ -4,18 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from infobatch_fast import tables
-from infobatch_fast.report_groups import (
-    ABLATION,
-    REPORTED,
-    Figures,
-    Row,
-    Section,
-    device_of,
-    mean,
-    method_of,
-    same_seeds,
-    state_of,
-)
+from infobatch_fast.report_groups import Row, Section, device_of, mean, same_seeds, state_of
+from infobatch_fast.report_methods import ABLATION, REPORTED, Figures, method_of
 from infobatch_fast.report_page import Block, Table, Text
 from infobatch_fast.report_records import Run
 

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from infobatch_fast import measure
 
 SOURCE, OTHER_SOURCE = "5a" * 32, "c3" * 32
@@ -145,6 +147,62 @@ def write_run(
     (folder / "epochs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if last == epochs:
         (folder / "summary.json").write_text(json.dumps(_summary(lines, samples, new, gpu)))
+    return folder
+
+
+def write_samples(
+    folder: Path, classes: list[str] | None = None, *, missing: float = 0.001
+) -> Path:
+    """Add to a finished run what newer ones tell of its samples.
+
+    A pruned epoch that leaves out m samples leaves out the first m // 2 each time, and the rest by
+    turns from those up to 400. Class c are the samples from 100 c on; the score of sample i
+    after epoch e is (i + 1) (e + 1) / 1000, but that of sample 0, which has none. The tracked ones
+    are each hundredth; the image of sample i is of the one value i % 256.
+
+    Args:
+        folder: a run's.
+        classes: names for config.json.
+        missing: share of all samples by which a pruned epoch saves less than was expected.
+    """
+    path = folder / "config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "classes": classes}))
+    config = about["config"]
+    lines = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
+    samples = 1000
+    kept = np.zeros(samples, np.int32)
+    for line in lines:
+        out = samples - line["kept"]
+        each, some = out // 2, out - out // 2
+        turns = [each + (line["epoch"] * some + i) % (400 - each) for i in range(some)]
+        kept += 1
+        kept[[*range(each), *turns]] -= 1
+        line["ratio"] = config["ratio"] if line["prunable"] else 0.0
+        line["expected_saving"] = out / samples + (missing if out else 0.0)
+    (folder / "epochs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = folder / "summary.json"
+    saving = sum(line["expected_saving"] for line in lines) / len(lines)
+    new = {"expected_saving": saving, "target_saving": config.get("target_saving")}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
+    numbers = np.arange(samples)
+    epochs = np.arange(1, len(lines) + 1)[:, None]
+    history = ((numbers + 1) * epochs / 1000).astype(np.float32)
+    history[:, 0] = np.nan
+    most = np.argsort(-kept, kind="stable")[:24]
+    pictured = np.concatenate([np.argsort(kept, kind="stable")[:24], most])
+    tracked = np.arange(0, samples, 100)
+    arrays = {
+        "kept": kept,
+        "scores": history[-1],
+        "labels": (numbers // 100).astype(np.int32),
+        "tracked": tracked,
+        "score_history": history[:, tracked],
+        "pictured": pictured,
+        "pictures": np.tile((pictured % 256).astype(np.uint8)[:, None, None, None], (32, 32, 3)),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
     return folder
 
 

@@ -9,14 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_made import CPU, OTHER_SOURCE, PAPER, QUICK, write_lines, write_run
+from report_made import CPU, OTHER_SOURCE, PAPER, QUICK, write_lines, write_run, write_samples
 
 from infobatch_fast.report import main
 from infobatch_fast.report_page import MARK
 from infobatch_fast.report_plots import _reach, _shares
 from infobatch_fast.report_read import read
 
-PLOTS = 6 + 5 + 3  # of the GPU, of the CPU without energy, of the older record
+# Of the GPU, of the CPU without energy, of the older record, and of the samples.
+PLOTS = 6 + 5 + 3 + 5
 EXPECTED = Path(__file__).with_name("report_expected.md")
 NASTY = "<script>alert('|`*&amp;\"$)"
 
@@ -25,7 +26,9 @@ def write_all(root: Path) -> list[str]:
     """Records of every kind, and the words that report them."""
     runs = root / "runs"
     write_run(runs / "full", {**PAPER, "delta": 0.0}, accuracy=0.9540, epoch_seconds=2)
+    write_samples(runs / "full")
     write_run(runs / "half-0", PAPER, accuracy=0.9500, epoch_seconds=2)
+    write_samples(runs / "half-0", [f"$\\{number}$é{NASTY}" for number in range(10)])
     write_run(runs / "half-1", {**PAPER, "seed": 1}, accuracy=0.9600, epoch_seconds=3)
     write_run(runs / "half-2", {**PAPER, "seed": 2}, done=3, epoch_seconds=2)
     random = {"policy": "random", "rescale": False, "anneal": False}
@@ -38,6 +41,7 @@ def write_all(root: Path) -> list[str]:
     )
     quiet = {**QUICK, "seed": 1, "telemetry": False, "host_syncs": "count"}
     write_run(root / "quiet", quiet, accuracy=0.82, epoch_seconds=45)
+    (root / "quiet" / "kept.npy").write_bytes(b"no array")
     shutil.copytree(runs / "half-1", root / "half-1-copy")
     write_run(root / "broken", {"ratio": 2.0})
     write_lines(
@@ -154,7 +158,7 @@ def test_the_markdown_in_full(report):
 
 
 def test_figures_by_hand(report):
-    by_ratio, hours, ablation, *_ = markdown_tables((report / "report.md").read_text())
+    by_ratio, hours, ablation, against, *_ = markdown_tables((report / "report.md").read_text())
     # Of 200 epochs, 2 to 175 keep 800 of 1000: (26 + 174 x 0.8) of 200 are trained, 17.4% saved.
     # 165.2 full epochs take 5.5067 min at 2 s and 8.2600 at 3 s: mean 6.8833, deviation their
     # difference over the root of 2. Accuracies 95 and 96: 95.5, 0.7071. 1% of it is pruning.
@@ -168,7 +172,7 @@ def test_figures_by_hand(report):
         *("0.00115 ± 0.00032", "2.48", "0.204 ± 0.032", "2", "b, c"),
     ]
     # Of the quiet run the pruning is not known; 1% of the others' 3.4 and 1.7 minutes is.
-    _, hours, *_ = markdown_tables((report / "report.md").read_text())[3:]
+    _, hours, *_ = markdown_tables((report / "report.md").read_text())[4:]
     assert hours[3] == [
         *("InfoBatch r=0.5", "81.67 ± 1.53", "0.0425 ± 0.0142", "0.000425 ± 0.000200 (of 2)"),
         *("0.0443 ± 0.0142", "3 (SAME SEED 0)", "f, g, i"),
@@ -176,6 +180,13 @@ def test_figures_by_hand(report):
     assert by_ratio[1] == ["full data", "95.52", "95.40", "231.10", "6.67", "0.00", "1", "a"]
     assert by_ratio[2][1:] == [
         *("95.50", "not measured", "184.66", "not measured", "not measured", "0", "none")
+    ]
+    # Of the seed that both have: 95.00 - 95.40; 165.2 of 200 epochs, and as much of the time.
+    assert against[1:] == [
+        [
+            *("InfoBatch r=0.5", "full data", "one seed: noise unknown", "-0.40", "–", "1"),
+            *("165.20", "82.6", "200.00", "0.826"),
+        ]
     ]
     assert ablation[1] == [*("random (OTHER SOURCE c3c3c3c3)", "95.52", "94.00", "17.40", "1", "e")]
 

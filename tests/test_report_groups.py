@@ -3,18 +3,8 @@
 import pytest
 from report_made import CPU, GPU, OTHER_SOURCE, PAPER, QUICK, SOURCE, write_run
 
-from infobatch_fast.report_groups import (
-    ABLATION,
-    FULL,
-    REPORTED,
-    Method,
-    main_source,
-    mean,
-    method_of,
-    same_seeds,
-    sections,
-    state_of,
-)
+from infobatch_fast.report_groups import main_source, mean, same_seeds, sections, state_of
+from infobatch_fast.report_methods import ABLATION, FULL, REPORTED, Method, method_of
 from infobatch_fast.report_read import read
 
 
@@ -57,6 +47,7 @@ def test_the_reported_figures():
         "soft + rescale": 95.34,
         "soft + anneal": 95.59,
         "soft + rescale + anneal": 95.53,
+        "hard + anneal": None,
     }
 
 
@@ -79,6 +70,46 @@ def test_the_reported_figures():
             "random r=0.5",
         ),
         ({"policy": "random"}, Method("random"), "random r=0.5 + rescale + anneal"),
+        ({"policy": "hard"}, Method("hard", rescale=False), "hard r=0.5 + anneal"),
+        (
+            {"policy": "seta", "rescale": False},
+            Method("seta", rescale=False),
+            "seta r=0.5 + anneal",
+        ),
+        ({"policy": "repb"}, Method("repb"), "repb r=0.5 + rescale + anneal"),
+        ({"score": "bls"}, Method("soft", score="bls"), "InfoBatch r=0.5, score bls"),
+        (
+            {"score": "loss", "ratio_schedule": "constant", "target_saving": None},
+            Method("soft"),
+            "InfoBatch r=0.5",
+        ),
+        (
+            {"ratio_schedule": "pods", "delta": 0.5},
+            Method("soft", delta=0.5, ratio_schedule="pods"),
+            "InfoBatch r=0.5 delta=0.5, r by pods",
+        ),
+        (
+            {"target_saving": 0.25, "ratio": 0.3},
+            Method("soft", target_saving=0.25),
+            "InfoBatch, 25% to save",
+        ),
+        (
+            {"target_saving": 0.25, "ratio": 0.0},
+            Method("soft", target_saving=0.25),
+            "InfoBatch, 25% to save",
+        ),
+        (
+            {"target_saving": 0.125, "policy": "hard", "rescale": False},
+            Method("hard", rescale=False, target_saving=0.125),
+            "hard, 12.5% to save + anneal",
+        ),
+        (
+            {"target_saving": 0.29, "score": "bls", "anneal": False},
+            Method("soft", delta=1.0, target_saving=0.29, score="bls"),
+            "soft, 29% to save + rescale, score bls",
+        ),
+        ({"target_saving": 0.25, "delta": 0.0}, FULL, "full data"),
+        ({"target_saving": 0.0}, FULL, "full data"),
     ],
 )
 def test_methods(tmp_path, config, method, label):
@@ -97,6 +128,7 @@ def test_all_of_the_ablation_and_the_reported_runs_are_reachable(tmp_path):
             ("soft", False, False),
             ("soft", True, False),
             ("soft", False, True),
+            ("hard", True, True),  # its rescaling has no effect
         ]
     ]
     (section,) = grouped(tmp_path, *(({**QUICK, **c}, {}) for c in configs))
@@ -211,6 +243,52 @@ def test_synthetic_data_are_a_section_of_their_own_and_marked(tmp_path):
     assert state_of(found[1].runs[0], SOURCE) == "complete; SYNTHETIC data"
 
 
+def test_a_part_of_the_data_is_a_section_of_its_own_and_marked(tmp_path):
+    found = grouped(
+        tmp_path,
+        ({}, {}),  # an older record
+        ({"seed": 1, "data_fraction": 0.1}, {}),
+        ({"seed": 2, "data_fraction": 1.0}, {}),
+        ({"seed": 3, "data_fraction": 0.125}, {"about": {"data": "synthetic"}, "done": 1}),
+    )
+    assert [rows(section) for section in found] == [
+        [("InfoBatch r=0.5", "ac")],
+        [("InfoBatch r=0.5", "b")],
+        [],
+    ]
+    assert [section.title.split(", ")[0] for section in found] == [
+        "small on cifar10",
+        "small on 10% OF THE DATA of cifar10",
+        "small on 12.5% OF THE DATA of SYNTHETIC data (cifar10)",
+    ]
+    assert [state_of(section.runs[-1], SOURCE) for section in found] == [
+        "complete",
+        "complete; 10% OF THE DATA",
+        "INCOMPLETE: 1 of 4 epochs; SYNTHETIC data; 12.5% OF THE DATA",
+    ]
+    assert all("data_fraction" not in section.others for section in found)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"score": "bls"}),
+        ({"target_saving": 0.2}, {"target_saving": 0.25}),
+        ({}, {"ratio_schedule": "pods"}),
+    ],
+)
+def test_other_ways_to_prune_are_rows_of_their_own(tmp_path, before, after):
+    (section,) = grouped(tmp_path, (before, {}), (after, {}), ({**after, "seed": 1}, {}))
+    assert ["".join(run.letter for run in row.runs) for row in section.rows] == ["a", "bc"]
+
+
+def test_the_ratio_does_not_matter_beside_a_target(tmp_path):
+    target = {"target_saving": 0.2}
+    (section,) = grouped(tmp_path, (target, {}), ({**target, "ratio": 0.3, "seed": 1}, {}))
+    assert rows(section) == [("InfoBatch, 20% to save", "ab")]
+    assert [row.label for row in section.further()] == ["InfoBatch, 20% to save"]
+
+
 def test_an_incomplete_run_is_in_no_row(tmp_path):
     (section,) = grouped(tmp_path, ({}, {}), ({"seed": 1}, {"done": 3}), ({"seed": 2}, {}))
     (tmp_path / "02" / "summary.json").unlink()
@@ -263,6 +341,8 @@ def test_the_main_source_is_the_majority_or_the_first_given(tmp_path):
         ({"weight_decay": 1e-4}, {}, False),
         ({"label_smoothing": 0.0}, {}, False),
         ({}, {"about": {"data": "synthetic"}}, False),
+        ({"data_fraction": 1.0}, {}, True),
+        ({"data_fraction": 0.1}, {}, False),
     ],
 )
 def test_the_reported_setting(tmp_path, config, other, reported):

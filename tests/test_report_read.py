@@ -138,6 +138,25 @@ BROKEN = {
         run, model="$\\frac$"
     ),
     "config of config.json: amp must be a plain value": lambda run: change_config(run, amp=[1]),
+    "config of config.json: score must be a name, got 3": lambda run: change_config(run, score=3),
+    "config of config.json: ratio_schedule must be a name, got ''": lambda run: change_config(
+        run, ratio_schedule=""
+    ),
+    "config of config.json: target_saving must be a number in [0, 1] or null": lambda run: (
+        change_config(run, target_saving=1.5)
+    ),
+    "config of config.json: data_fraction must be a number in (0, 1], got 0": lambda run: (
+        change_config(run, data_fraction=0)
+    ),
+    "config.json: classes must be a list of texts or null, got [1]": lambda run: change(
+        run / "config.json", classes=[1]
+    ),
+    "summary.json: expected_saving must be a number in [0, 1] or null, got 2": lambda run: change(
+        run / "summary.json", expected_saving=2
+    ),
+    "summary.json: target_saving must be a number in [0, 1] or null, got -1": lambda run: change(
+        run / "summary.json", target_saving=-1
+    ),
     "device of config.json: name is missing": lambda run: change(
         run / "config.json", device={"type": "cpu"}
     ),
@@ -205,6 +224,12 @@ DAMAGED = {
     ),
     "line 1 of epochs.jsonl: score_histogram must be a histogram or null": lambda run: change_epoch(
         run, 1, score_histogram={"low": 1, "high": 1, "counts": [0] * 9, "unseen": 0}
+    ),
+    "line 1 of epochs.jsonl: ratio must be a number in [0, 1] or null, got '1'": lambda run: (
+        change_epoch(run, 1, ratio="1")
+    ),
+    "line 1 of epochs.jsonl: expected_saving must be a number in [0, 1] or null": lambda run: (
+        change_epoch(run, 1, expected_saving=-0.1)
     ),
     "line 3 of epochs.jsonl is no JSON object: 'utf-8' codec": lambda run: (
         run / "epochs.jsonl"
