@@ -24,6 +24,7 @@ EPOCHS = "epochs.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "model.pt"
+RESULTS = "results.jsonl"  # beside the folders of many runs: a line a run
 
 
 def make_folder(folder: Path) -> bool:

@@ -104,7 +104,8 @@ def _find(path: Path) -> Iterator[Path]:
             found = True
             yield place
         elif place.is_dir():
-            lines = sorted(place.glob("*.jsonl"))
+            # A summary of runs says nothing that their folders do not.
+            lines = sorted(p for p in place.glob("*.jsonl") if p.name != record.RESULTS)
             found = found or bool(lines)
             yield from lines
     if not found:

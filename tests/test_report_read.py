@@ -378,6 +378,16 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     ]
 
 
+def test_a_folder_of_runs_with_their_results(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, {"seed": ord(name)})
+    (tmp_path / "results.jsonl").write_text('{"name": "a"}\n')
+    found = read([tmp_path])
+    assert ([run.name for run in found.runs], found.bad) == (["a", "b"], [])
+    (tmp_path / "others.jsonl").write_text('{"name": "a"}\n')
+    assert [path for path, _ in read([tmp_path]).bad] == [str(tmp_path / "others.jsonl")]
+
+
 def test_other_places(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "some.txt").write_text("")
