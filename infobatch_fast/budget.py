@@ -72,25 +72,31 @@ def scheduled_ratio(ratio: float, schedule: str, epoch: int, first_full_epoch: i
         epoch: the same.
         first_full_epoch: the same.
     """
-    if ratio == 0:
-        return 0.0
-    swing = PODS_SWING * min(1.0, (1 - ratio) / ratio)
-    return ratio * (1 + swing * wave(schedule, epoch, first_full_epoch))
+    return ratio * (1 + _swing(ratio) * wave(schedule, epoch, first_full_epoch))
 
 
-def to_save(left: float, schedule: str, epoch: int, first_full_epoch: int) -> float:
+def to_save(
+    left: float, num_samples: int, schedule: str, epoch: int, first_full_epoch: int
+) -> float:
     """An epoch's part of the samples that the run has still to save.
 
     What an epoch could not save falls to those after it.
 
     Args:
         left: samples still to be saved.
+        num_samples: N, of which no epoch is asked to save more, where the run can do without.
         schedule: as in `wave`.
         epoch: the same.
         first_full_epoch: the same.
     """
-    parts = [
-        1 + PODS_SWING * wave(schedule, later, first_full_epoch)
-        for later in range(max(epoch, 1), first_full_epoch)
-    ]
-    return max(0.0, left) * parts[0] / sum(parts) if parts and epoch > 0 else 0.0
+    later = range(max(epoch, 1), first_full_epoch)
+    if epoch == 0 or not later or left <= 0:
+        return 0.0
+    swing = _swing(left / (num_samples * len(later)))
+    parts = [1 + swing * wave(schedule, each, first_full_epoch) for each in later]
+    return left * parts[0] / sum(parts)
+
+
+def _swing(mean: float) -> float:
+    """How far shares swing around their mean, relative to it, without passing 1."""
+    return PODS_SWING * min(1.0, max(0.0, 1 - mean) / mean) if mean > 0 else 0.0

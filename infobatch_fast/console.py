@@ -88,11 +88,13 @@ def target_lines(infobatch: InfoBatch) -> list[str]:
     if infobatch.policy == "none":
         return [f"WARNING: target_saving {target:g} cannot be reached: policy none saves nothing"]
     if target > most:
-        return [
-            f"WARNING: target_saving {target:g} cannot be reached: of the {infobatch.num_epochs} "
-            f"epochs {infobatch.first_full_epoch} prune, the first of them has no scores yet, and "
-            f"so at most {most:.1%} can be saved"
-        ]
+        why = "no epoch prunes"
+        if infobatch.first_full_epoch > 0:
+            why = (
+                f"of the {infobatch.num_epochs} epochs {infobatch.first_full_epoch} prune, the "
+                f"first of them has no scores yet, and so at most {most:.1%} can be saved"
+            )
+        return [f"WARNING: target_saving {target:g} cannot be reached: {why}"]
     line = f"target     {target / most:.1%} of the samples out of each epoch that prunes, "
     if infobatch.policy in PRUNABLE:
         return [f"{line}reached only if as many are {PRUNABLE[infobatch.policy]}"]

@@ -248,7 +248,7 @@ class InfoBatch:
         if self.target_saving is None:
             return Budget(scheduled_ratio(self.ratio, *schedule))
         left = self.target_saving * self.num_samples * self.num_epochs - self._past.saved
-        return Budget(0.0, to_save(left, *schedule))
+        return Budget(0.0, to_save(left, self.num_samples, *schedule))
 
     def _draw_all(self, epoch: int) -> Plan:
         device = self.scores.device
@@ -404,22 +404,36 @@ class InfoBatch:
         epoch, past, after = None, _Past({}, None, 0), _Past({}, None, 0)
         if strict:
             epoch = state.get("epoch")
+            if epoch is not None and epoch not in range(self.num_epochs):
+                raise ValueError(
+                    f"epoch of the state must be in [0, {self.num_epochs}), got {epoch}"
+                )
             past, after = (self._past_of(state, name) for name in ("past", "after"))
         self.scores.copy_(scores)
         self._epoch, self._past, self._after = epoch, past, after
 
     def _past_of(self, state: dict[str, Any], name: str) -> _Past:
-        device = self.scores.device
         given: Any = state.get(name)
+        device = self.scores.device
         try:
-            memory = {key: value.to(device) for key, value in given["memory"].items()}
+            saved = operator.index(given["saved"])
             last = given["last"]
-            past = _Past(memory, None if last is None else last.to(device), int(given["saved"]))
+            fits = saved >= 0 and (last is None or self._is_plan(last))
+            for key, value in given["memory"].items():
+                known = key in POLICIES[self.policy].memory
+                fits = fits and known and value.shape in (self.scores.shape, ())
+            memory = {key: value.to(device) for key, value in given["memory"].items()}
+            if fits:
+                return _Past(memory, None if last is None else last.to(device), saved)
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{name} of the state must be of state_dict(), got {given}") from None
-        if not set(memory) <= set(POLICIES[self.policy].memory):
-            raise ValueError(f"{name} of the state must be of {self.policy}, got {sorted(memory)}")
-        return past
+            pass
+        raise ValueError(f"{name} of the state must be what {self.policy} left in state_dict()")
+
+    def _is_plan(self, indices: Tensor) -> bool:
+        if indices.dtype != torch.int64 or indices.dim() != 1:
+            return False
+        low, high = indices.aminmax()
+        return bool(low >= 0) and bool(high < self.num_samples)
 
 
 def _as_dict(past: _Past) -> dict[str, Any]:

@@ -112,7 +112,10 @@ def hard(view: View) -> Choice:
 
 
 def orderdp(view: View) -> Choice:
-    """OrderDP (ICLR 2026): of a uniform pool of 1.2 k samples, the k of highest loss are kept."""
+    """OrderDP (ICLR 2026): of a uniform pool of 1.2 k samples, the k of highest loss are kept.
+
+    Where whole batches round k up beyond the pool, the rest is drawn from all others by lot.
+    """
     seen = view.seen
     size = (POOL * view.budget.kept_on_device(seen.sum()).double()).round()
     order = torch.randperm(seen.numel(), generator=view.generator, device=seen.device)

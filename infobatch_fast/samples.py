@@ -29,8 +29,8 @@ class SampleRecord:
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
         self.kept = torch.zeros(num_samples, dtype=torch.int32, device=device)
-        every = max(1, num_samples // TRACKED)
-        self.tracked = torch.arange(0, num_samples, every, device=device)[:TRACKED]
+        tracked = min(num_samples, TRACKED)
+        self.tracked = torch.arange(tracked, device=device) * num_samples // tracked
         self.history: list[Tensor] = []  # (M,) float32 an epoch
 
     def close_epoch(self, plan: Plan, scores: Tensor) -> None:
@@ -46,13 +46,17 @@ class SampleRecord:
         """Take over a state of `state_dict()`.
 
         Raises:
-            KeyError, RuntimeError, TypeError, ValueError: it is of another shape.
+            AttributeError, KeyError, TypeError, ValueError: it is of another shape; nothing is
+                changed then.
         """
         history = list(state["history"])
         shapes = {(row.shape, row.dtype) for row in history}
         if shapes - {(self.tracked.shape, torch.float32)}:
             raise ValueError(f"a history of scores of {sorted(map(str, shapes))}")
-        self.kept.copy_(state["kept"])
+        kept = state["kept"]
+        if kept.shape != self.kept.shape or kept.dtype != self.kept.dtype:
+            raise ValueError(f"counts of {kept.dtype} and shape {tuple(kept.shape)}")
+        self.kept.copy_(kept)
         self.history = history
 
     def write(self, folder: Path, data: Dataset, scores: Tensor) -> None:
@@ -69,8 +73,7 @@ class SampleRecord:
         kept = self.kept.cpu().numpy()
         half = min(PICTURED, kept.size) // 2
         ranked = np.argsort(kept, kind="stable")
-        most = np.argsort(-kept, kind="stable")[:half]
-        pictured = np.concatenate([ranked[:half], most])
+        pictured = np.concatenate([ranked[:half], ranked[::-1][:half]])  # none twice
         pictures = data.images[torch.from_numpy(pictured).to(data.images.device)]
         arrays = {
             "kept": kept,

@@ -7,6 +7,7 @@ import pytest
 from infobatch_fast import config
 from infobatch_fast.config import Config
 from infobatch_fast.errors import UserError
+from infobatch_fast.policies import POLICIES
 
 
 def test_paper_is_the_reported_recipe() -> None:
@@ -28,6 +29,60 @@ def test_the_preset_follows_the_device() -> None:
     assert config.parse(["--device", "cpu"], cuda=True).preset == "quick"
     assert config.parse(["--device=cuda"], cuda=False).preset == "paper"
     assert config.parse(["--preset=quick"], cuda=True).preset == "quick"
+
+
+def test_defaults_are_plain_infobatch() -> None:
+    for arguments in ([], ["--preset", "paper"]):
+        settings = config.parse(arguments, cuda=False)
+        assert (settings.policy, settings.score, settings.ratio_schedule) == (
+            "soft",
+            "loss",
+            "constant",
+        )
+        assert settings.target_saving is None
+        assert settings.data_fraction == 1
+
+
+def test_pruning_flags() -> None:
+    for policy in POLICIES:
+        assert config.parse(["--policy", policy], cuda=False).policy == policy
+    words = "--score bls --ratio-schedule pods --target-saving 0.25 --data-fraction 0.1"
+    settings = config.settle(config.parse(words.split(), cuda=False), "cifar10", "cpu")
+    assert (settings.score, settings.ratio_schedule) == ("bls", "pods")
+    assert (settings.target_saving, settings.data_fraction) == (0.25, 0.1)
+    recorded = json.loads(json.dumps(settings.recorded()))
+    assert config.from_record(recorded) == settings
+    again = config.of_run("--resume x --target-saving 0.25".split(), settings, "resume")
+    assert again.target_saving == 0.25
+    for flag, value in (
+        ("score", "loss"),
+        ("ratio_schedule", "constant"),
+        ("target_saving", 0.3),
+        ("data_fraction", 0.2),
+        ("policy", "hard"),
+    ):
+        with pytest.raises(UserError, match=rf"^{flag} must stay \S+ on --resume .*, got {value}$"):
+            config.of_run(
+                ["--resume", "x", "--" + flag.replace("_", "-"), str(value)], settings, "resume"
+            )
+        assert config.differences(settings, {**recorded, flag: value}) == [flag]
+
+
+def test_records_of_before_there_were_policies() -> None:
+    new = ("score", "ratio_schedule", "target_saving", "data_fraction")
+    settings = config.settle(config.parse(["--ratio", "0.3"], cuda=False), "cifar10", "cpu")
+    older = {name: value for name, value in settings.recorded().items() if name not in new}
+    assert len(older) == len(settings.recorded()) - 4
+    assert config.from_record(older).recorded() == settings.recorded()
+    for name, value, message in (
+        ("target_saving", "a", "target_saving must be float in the record, got 'a'"),
+        ("target_saving", 2, r"target_saving must be in \(0, 1\), got 2"),
+        ("data_fraction", None, "data_fraction must be float in the record, got None"),
+        ("score", 3, "score must be str in the record, got 3"),
+        ("ratio_schedule", "x", "ratio_schedule must be one of constant, pods, got x"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}$"):
+            config.from_record({**older, name: value})
 
 
 def test_a_gpu_compiles_and_captures_by_default() -> None:
@@ -99,6 +154,15 @@ def test_any_flag_overrides_its_preset() -> None:
         ("--model resnet18", r"model must be one of .* \(did you mean r18\?\)"),
         ("--optimizer lasr", r"optimizer must be .*, got lasr \(did you mean lars\?\)"),
         ("--policy sotf", r"policy must be .*, got sotf \(did you mean soft\?\)"),
+        ("--policy repbb", r"policy must be .*, got repbb \(did you mean repb\?\)"),
+        ("--score bsl", r"score must be one of loss, bls, got bsl \(did you mean bls\?\)"),
+        ("--ratio-schedule pod", r"ratio_schedule must be .*, got pod \(did you mean pods\?\)"),
+        ("--target-saving 1", r"target_saving must be in \(0, 1\), got 1.0"),
+        ("--target-saving 0", r"target_saving must be in \(0, 1\), got 0.0"),
+        ("--target-saving nan", r"target_saving must be in \(0, 1\), got nan"),
+        ("--data-fraction 0", r"data_fraction must be in \(0, 1\], got 0.0"),
+        ("--data-fraction 1.5", r"data_fraction must be in \(0, 1\], got 1.5"),
+        ("--data-fraction nan", r"data_fraction must be in \(0, 1\], got nan"),
         ("--dataset cifar-10", r"dataset must be .*, got cifar-10 \(did you mean cifar10\?\)"),
         ("--preset papre", r"preset must be one of paper, quick, got papre \(did you mean paper"),
         ("--amp bf32", r"amp must be one of bf16, fp16, off, got bf32 \(did you mean bf16\?\)"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from cifar_files_made import REAL, SHAPES, check, fails, put_archive, put_folder, shrink
 
 from infobatch_fast.cifar_files import KINDS
+from infobatch_fast.class_names import CLASSES
 from infobatch_fast.data import DataMissing, default_data_dir, load_cifar, make_synthetic
 
 
@@ -54,6 +56,54 @@ def test_to_copies_every_tensor() -> None:
     assert small.name == "synthetic"
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.25, 0.999, 1.0])
+def test_part_is_the_same_share_of_both_splits(fraction: float) -> None:
+    data = make_synthetic(1003, 60, 7, seed=2)
+    part = data.part(fraction)
+    assert part.labels.numel() == max(1, round(fraction * 1003))
+    assert part.test_labels.numel() == max(1, round(fraction * 60))
+    # Which images: found by their bytes, none twice, in the order that they had.
+    for images, labels in (("images", "labels"), ("test_images", "test_labels")):
+        number = {image.numpy().tobytes(): i for i, image in enumerate(getattr(data, images))}
+        taken = [number[image.numpy().tobytes()] for image in getattr(part, images)]
+        assert taken == sorted(set(taken))
+        assert torch.equal(getattr(part, labels), getattr(data, labels)[taken])
+        assert getattr(part, images).is_contiguous()
+    assert (part.name, part.source, part.num_classes) == ("synthetic", "synthetic", 7)
+    assert (part.mean, part.std) == (data.mean, data.std)
+
+
+def test_part_is_uniform_and_takes_no_seed() -> None:
+    data = make_synthetic(5000, 50, seed=1)
+    places = replace(data, labels=torch.arange(5000), test_labels=torch.arange(50))
+    taken = places.part(0.1).labels
+    before = torch.get_rng_state()
+    torch.manual_seed(9)
+    again = replace(places, images=data.images.clone()).part(0.1)
+    torch.set_rng_state(before)
+    assert torch.equal(taken, again.labels)
+    assert places.part(1) is places
+    # Every tenth of the data set gives about its share: binomially 50 of 500, at most.
+    counts = torch.histc(taken.float(), 10, 0, 5000)
+    assert (counts - 50).abs().max() < 4 * (500 * 0.1 * 0.9) ** 0.5
+    assert set(places.part(0.05).labels.tolist()) < set(taken.tolist())  # a larger share adds to it
+
+
+def test_names_of_classes(tmp_path: Path) -> None:
+    assert {name: len(names) for name, names in CLASSES.items()} == {"cifar10": 10, "cifar100": 100}
+    for names in CLASSES.values():
+        assert list(names) == sorted(set(names)) or names is CLASSES["cifar10"]
+        assert len(set(names)) == len(names)
+    assert CLASSES["cifar100"][::11] == (
+        *("apple", "boy", "clock", "forest", "lizard"),
+        *("otter", "raccoon", "snail", "tiger", "worm"),
+    )
+    for name, names in CLASSES.items():
+        put_folder(tmp_path, name, 0)
+        assert load_cifar(name, tmp_path, download=False).part(0.5).classes == names
+    assert make_synthetic(4, 2).classes is None
+
+
 def test_published_sizes() -> None:
     sizes = {name: (kind.train_records, kind.test_records) for name, kind in REAL.items()}
     assert sizes == {"cifar10": (10_000, 10_000), "cifar100": (50_000, 10_000)}
@@ -67,6 +117,9 @@ def test_genuine(monkeypatch: pytest.MonkeyPatch) -> None:
         got = load_cifar("cifar10", default_data_dir(), download=False)
     except DataMissing:
         pytest.skip("INFOBATCH_DATA holds no CIFAR-10")
+    names = default_data_dir() / "cifar-10-batches-bin" / "batches.meta.txt"
+    if names.exists():
+        assert got.classes == tuple(names.read_text().split())
     assert got.labels.bincount().tolist() == [5000] * 10
     assert got.test_labels.bincount().tolist() == [1000] * 10
     mean = got.images.sum((0, 1, 2), dtype=torch.int64) / (50_000 * 1024 * 255)

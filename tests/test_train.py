@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -24,6 +25,7 @@ from infobatch_fast.data import make_synthetic
 from infobatch_fast.infobatch import Plan
 from infobatch_fast.kernels import reference
 from infobatch_fast.models import make_model
+from infobatch_fast.policies import POLICIES
 from infobatch_fast.progress import SECONDS, Diverged, Progress
 from infobatch_fast.record import source_hash
 from infobatch_fast.schedule import one_cycle
@@ -706,6 +708,202 @@ def test_full_data_and_ablations(tmp_path) -> None:
     assert [line["kept"] for line in epochs_of(tmp_path / "random")] == [300, 150, 150, 150]
 
 
+ARRAYS = ("kept", "labels", "pictured", "pictures", "score_history", "scores", "tracked")
+
+
+def arrays_of(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in ARRAYS}
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+POLICY_RUNS = [
+    *([("--policy", policy) for policy in POLICIES]),
+    ("--policy", "repb", "--score", "bls", "--target-saving", 0.1),
+    ("--policy", "ucb", "--ratio-schedule", "pods", "--epochs", 7),
+    ("--policy", "soft", "--target-saving", 0.2, "--whole-batches"),
+]
+
+
+@pytest.mark.parametrize("flags", POLICY_RUNS, ids=lambda flags: " ".join(map(str, flags)))
+def test_every_policy_trains_and_those_that_remember_resume_bit_for_bit(
+    tmp_path, monkeypatch, flags: tuple
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    plans: list[Plan] = []
+    scores: list[torch.Tensor] = []
+    sample, close = InfoBatch.sample, Progress.close_epoch
+
+    def drawn(self, *args):
+        plans.append(sample(self, *args))
+        return plans[-1]
+
+    def closed(self, *args, **kwargs):
+        scores.append(self.infobatch.scores.clone())
+        return close(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InfoBatch, "sample", drawn)
+        patch.setattr(Progress, "close_epoch", closed)
+        assert run_main(*flags, "--out", whole) == 0
+    # The run's records against the plans that were drawn.
+    lines, arrays, summary = epochs_of(whole), arrays_of(whole), summary_of(whole)
+    kept = [0] * 300
+    for plan, line in zip(plans, lines, strict=True):
+        for i in plan.indices.tolist():
+            kept[i] += 1
+        assert line["kept"] == len(plan)
+        assert line["ratio"] == plan.ratio
+        assert line["prunable"] == plan.num_prunable
+        assert line["expected_saving"] == plan.ratio * plan.num_prunable / 300
+    assert arrays["kept"].tolist() == kept
+    assert sum(kept) == summary["samples_trained"]
+    assert (summary["samples_saved"] > 0) == ("none" not in flags)
+    mean = sum(line["expected_saving"] for line in lines) / len(lines)
+    assert summary["expected_saving"] == pytest.approx(mean)
+    assert summary["expected_saving"] == pytest.approx(summary["saved_share"], abs=0.05)
+    data = make_synthetic(300, 60, 10, easy=0.5, hard=0.1, seed=0)
+    np.testing.assert_array_equal(arrays["labels"], data.labels.numpy())
+    np.testing.assert_array_equal(arrays["pictures"], data.images.numpy()[arrays["pictured"]])
+    np.testing.assert_array_equal(arrays["scores"], scores[-1].numpy())
+    np.testing.assert_array_equal(arrays["tracked"], np.arange(300))
+    np.testing.assert_array_equal(arrays["score_history"], torch.stack(scores).numpy())
+
+    if flags[1] not in ("repb", "ucb") and "--target-saving" not in flags:
+        return  # nothing is remembered but the scores
+
+    # A kill in the third epoch, after its checkpoint of three steps.
+    class Killed(BaseException):
+        pass
+
+    steps, call = [], STEP.__call__
+    last = sum(math.ceil(len(plan) / 25) for plan in plans[:2]) + 4
+
+    def struck(self, *args):
+        steps.append(1)
+        if len(steps) == last:
+            raise Killed
+        call(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(STEP, "__call__", struck)
+        with pytest.raises(Killed):
+            run_main(*flags, "--checkpoint-every", 3, "--out", stopped)
+    state = checkpoint.load(stopped / "checkpoint.pt")
+    assert (state["epoch"], state["number"]) == (2, 3)
+    assert train.main(["--resume", str(stopped)]) == 0
+    assert epochs_of(stopped) == lines
+    mine, theirs = (checkpoint.load(path / "checkpoint.pt") for path in (stopped, whole))
+    mine["config"].pop("checkpoint_every")
+    theirs["config"].pop("checkpoint_every")
+    assert_equal(mine, theirs)
+    for name, array in arrays_of(stopped).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_a_target_is_met_and_told_of(tmp_path, capsys) -> None:
+    folder = tmp_path / "met"
+    arguments = ("--policy", "random", "--epochs", 6, "--ratio", 0.9)
+    assert run_main(*arguments, "--target-saving", 0.4, "--out", folder) == 0
+    out = capsys.readouterr().out
+    summary = summary_of(folder)
+    assert summary["samples_saved"] == 720  # 0.4 * 6 * 300
+    assert summary["target_saving"] == 0.4
+    assert "pruning    random: to save 40.0% of all samples" in out
+    assert "target     48.0% of the samples out of each epoch that prunes" in out  # 0.4 / (5 / 6)
+    assert "target     40.0% of the samples to save: reached, 40.0%" in out
+    assert re.findall(r"  r (\S+)", out) == ["0.000", *["0.480"] * 5]
+    assert "WARNING: target" not in out
+    assert [line["kept"] for line in epochs_of(folder)] == [300, *[156] * 5]
+
+
+def test_a_target_that_cannot_be_met_is_told_of(tmp_path, capsys) -> None:
+    assert run_main("--target-saving", 0.9, "--out", tmp_path / "most") == 0
+    out = capsys.readouterr().out
+    assert out.count("WARNING: target_saving 0.9 cannot be reached") == 1
+    assert "at most 75.0% can be saved" in out
+    assert re.search(r"90\.0% of the samples to save: NOT REACHED, \d\d\.\d%", out)
+    for line in epochs_of(tmp_path / "most")[1:]:
+        assert line["ratio"] == 1
+        assert line["kept"] == 300 - line["prunable"] + 1
+    assert run_main("--policy", "none", "--target-saving", 0.1, "--out", tmp_path / "none") == 0
+    out = capsys.readouterr().out
+    assert "cannot be reached: policy none saves nothing" in out
+    assert "NOT REACHED, 0.0%" in out
+    # Below what any policy can save, but more than lies below the mean of these scores.
+    assert run_main("--target-saving", 0.6, "--out", tmp_path / "soft") == 0
+    out = capsys.readouterr().out
+    assert "cannot be reached" not in out
+    assert "reached only if as many are well-learned" in out
+    assert out.count("WARNING: target_saving 0.6") == 1
+    assert "60.0% of the samples to save: NOT REACHED" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "ratio", "kept", "says"),
+    [
+        ({}, 0.95, 905, ", each with weight 20, which may ruin the training"),
+        ({"rescale": False}, 0.95, 905, ""),
+        ({"policy": "hard"}, 0.95, 905, ""),
+        ({"policy": "repb"}, 1.0, 901, "; what it could not save falls to later epochs"),
+        ({}, 0.9, 910, None),
+        ({"target_saving": None}, 0.95, 905, None),
+    ],
+)
+def test_a_target_that_leaves_nearly_nothing_is_warned_of(flags, ratio, kept, says) -> None:
+    line = {"epoch": 3, "samples": 1000, "prunable": 100, "ratio": ratio, "kept": kept}
+    settings = Config(**{"target_saving": 0.5, **flags})
+    expected = (
+        f"WARNING: target_saving 0.5 keeps {kept - 900} of the 100 prunable samples in epoch "
+    )
+    warning = train.console.strained(line, settings)
+    assert warning == (None if says is None else f"{expected}3{says}")
+
+
+def test_a_schedule_is_told_of(tmp_path, capsys) -> None:
+    flags = ("--policy", "hard", "--ratio-schedule", "pods", "--epochs", 12, "--no-anneal")
+    assert run_main(*flags, "--out", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "pruning    hard, no annealing, pods schedule: saves at most" in out
+    ratios = [line["ratio"] for line in epochs_of(tmp_path / "run")]
+    assert np.mean(ratios[1:]) == pytest.approx(0.5, abs=1e-12)
+    shown = [float(ratio) for ratio in re.findall(r"  r (\S+)", out)]
+    assert shown == pytest.approx(ratios, abs=6e-4)
+    assert len(set(shown)) > 3
+    assert run_main("--score", "bls", "--out", tmp_path / "bls") == 0
+    assert "pruning    soft, bls scores: saves" in capsys.readouterr().out
+
+
+def test_a_fraction_of_the_data(tmp_path, capsys, monkeypatch) -> None:
+    taken = []
+    make = train.make_loader
+
+    def spy(kind, images, labels, *args, **kwargs):
+        taken.append(images)
+        return make(kind, images, labels, *args, **kwargs)
+
+    monkeypatch.setattr(train, "make_loader", spy)
+    # The images of a synthetic data set follow the seed: here they are the same ones.
+    whole = make_synthetic(300, 60, 10, easy=0.5, hard=0.1, seed=0)
+    monkeypatch.setattr(train, "make_synthetic", lambda *args, **kwargs: whole)
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        flags = ("--data-fraction", 0.1, "--batch-size", 10, "--epochs", 2, "--seed", seed)
+        assert run_main(*flags, "--out", folder) == 0
+        assert "30 training and 6 test images" in capsys.readouterr().out
+        about = json.loads((folder / "config.json").read_text())
+        assert about["samples"] == {"train": 30, "test": 6}
+        assert about["config"]["data_fraction"] == 0.1
+        assert epochs_of(folder)[0]["kept"] == 30
+        assert arrays_of(folder)["labels"].tolist() == whole.part(0.1).labels.tolist()
+        assert torch.equal(taken[-1], whole.part(0.1).images)
+    assert torch.equal(taken[0], taken[1])
+    assert train.main(["--evaluate", str(folder), "--device", "cpu"]) == 0
+    assert "on the 6 test images" in capsys.readouterr().out
+
+
 def test_twenty_skipped_steps_in_a_row_end_the_run(tmp_path, capsys) -> None:
     folder = tmp_path / "diverged"
     code = run_main("--out", folder, "--max-lr", "1e30", "--epochs", 9)
@@ -733,6 +931,17 @@ def fails(capsys, *arguments: object) -> str:
 def test_mistakes(finished: Path, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert fails(capsys, "--ratio", "1.5") == "ratio must be in [0, 1), got 1.5"
+    assert fails(capsys, "--target-saving", 1) == "target_saving must be in (0, 1), got 1.0"
+    assert fails(capsys, "--data-fraction", 0) == "data_fraction must be in (0, 1], got 0.0"
+    message = fails(capsys, *TINY, "--policy", "sedp")
+    assert message.startswith("policy must be one of soft, random, hard, orderdp, repb, ucb, seta")
+    assert fails(capsys, *TINY, "--score", "x") == "score must be one of loss, bls, got x"
+    message = fails(capsys, *TINY, "--ratio-schedule", "pod")
+    assert message.endswith("got pod (did you mean pods?)")
+    message = fails(capsys, *TINY, "--data-fraction", 0.01)
+    assert message == "batch_size must be at most the 3 training samples, got 25"
+    message = fails(capsys, "--resume", finished, "--policy", "repb")
+    assert message.startswith("policy must stay soft on --resume (only --data-dir, ")
     message = fails(capsys, *TINY, "--batch-size", 301)
     assert message == "batch_size must be at most the 300 training samples, got 301"
     message = fails(capsys, *TINY, "--out", finished)

@@ -1,0 +1,240 @@
+"""How many samples an epoch leaves out: schedules, and a share of the run that is aimed at."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from infobatch_fast import InfoBatch
+from infobatch_fast.budget import (
+    PODS_PERIOD,
+    PODS_SWING,
+    RATIO_SCHEDULES,
+    Budget,
+    scheduled_ratio,
+    to_save,
+    wave,
+)
+from infobatch_fast.infobatch import Plan
+from infobatch_fast.syncs import host_syncs
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 127, 5000, 50_000])
+def test_kept_on_device_is_the_number_kept(n: int) -> None:
+    for ratio in (0.0, 0.1, 0.3, 0.5, 0.7, 0.999):
+        budget = Budget(ratio)
+        assert budget.kept(n) == pytest.approx(n - ratio * n, rel=1e-12)
+        with host_syncs(torch.device("cpu"), "forbid"):
+            kept = budget.kept_on_device(torch.tensor(n))
+        assert kept.dtype == torch.int64
+        assert kept.item() == max(1, round((1 - ratio) * n))
+        assert budget.prunes == (ratio > 0)
+    for number in (0.0, 0.5, 1.0, 1.5, n / 3, n - 1.0, float(n), n + 7.5):
+        budget = Budget(0.9, number)  # the ratio is not used
+        assert budget.kept(n) == max(0.0, n - number)
+        assert budget.kept_on_device(torch.tensor(n)).item() == max(1, round(n - number))
+        assert budget.prunes == (number > 0)
+
+
+# Schedules
+
+FIRST_FULL = [*range(0, 40), 79, 175, 200, 201]
+
+
+@pytest.mark.parametrize("schedule", RATIO_SCHEDULES)
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.3, 0.5, 0.7, 0.999])
+def test_the_mean_ratio_is_the_ratio(ratio: float, schedule: str) -> None:
+    for first_full in FIRST_FULL:
+        ratios = [scheduled_ratio(ratio, schedule, e, first_full) for e in range(first_full)]
+        assert all(0 <= r < 1 for r in ratios)
+        if first_full > 1:
+            mean = math.fsum(ratios[1:]) / (first_full - 1)
+            assert mean == pytest.approx(ratio, rel=0, abs=1e-12)
+        if schedule == "constant" or ratio == 0 or first_full < 5:
+            assert set(ratios) <= {ratio}
+        else:
+            assert len(set(ratios[1:])) > 1
+            assert max(ratios) <= ratio + PODS_SWING * min(ratio, 1 - ratio) + 1e-12
+            assert min(ratios) >= ratio - PODS_SWING * min(ratio, 1 - ratio) - 1e-12
+
+
+def test_pods_alternates_from_much_data_to_little() -> None:
+    ratios = np.array([scheduled_ratio(0.5, "pods", epoch, 41) for epoch in range(1, 41)])
+    # Four periods of ten epochs each: in the middle four above the mean, two on it.
+    np.testing.assert_allclose(ratios, np.tile(ratios[:10], 4), atol=1e-12)
+    assert [epoch for epoch in range(10) if ratios[epoch] > 0.5 + 1e-12] == [3, 4, 5, 6]
+    np.testing.assert_allclose(ratios[:10], ratios[:10][::-1], atol=1e-12)
+    assert ratios[0] == pytest.approx(ratios.min())
+    assert ratios.min() < 0.27
+    assert ratios[4] == pytest.approx(ratios.max())
+    assert ratios.max() > 0.73
+    for first_full, periods in ((5, 1), (15, 1), (17, 2), (26, 2), (175, 17)):
+        above = [wave("pods", epoch, first_full) > 1e-12 for epoch in range(1, first_full)]
+        rises = sum(b and not a for a, b in pairwise(above))
+        assert rises == periods == max(1, round((first_full - 1) / PODS_PERIOD))
+    assert wave("pods", 0, 41) == 0
+
+
+def test_the_plans_follow_the_schedule() -> None:
+    infobatch = InfoBatch(1000, 40, 0.4, 0.875, device="cpu", policy="hard", ratio_schedule="pods")
+    infobatch.scores.copy_(torch.arange(1000.0))
+    ratios = []
+    for epoch in range(40):
+        plan = infobatch.sample(epoch)
+        expected = 0.0 if epoch >= 35 else scheduled_ratio(0.4, "pods", epoch, 35)
+        assert plan.ratio == pytest.approx(expected, abs=1e-12)
+        assert plan.expected_saving == plan.ratio * plan.num_prunable / 1000
+        assert len(plan) == 1000 - plan.num_prunable + round((1 - expected) * plan.num_prunable)
+        ratios.append(plan.ratio)
+    assert np.mean(ratios[1:35]) == pytest.approx(0.4, abs=1e-12)
+    assert len({round(ratio, 6) for ratio in ratios[1:35]}) > 5
+
+
+# A share of the whole run
+
+
+def test_to_save_by_hand() -> None:
+    assert to_save(90, 100, "constant", 0, 10) == 0  # the first epoch has no scores
+    assert to_save(90, 100, "constant", 1, 10) == 10
+    assert to_save(90, 100, "constant", 9, 10) == 90
+    assert to_save(-1, 100, "constant", 5, 10) == 0
+    assert to_save(90, 100, "constant", 1, 1) == 0
+    for schedule in RATIO_SCHEDULES:
+        left, parts = 1000.0, []
+        for epoch in range(1, 31):
+            parts.append(to_save(left, 100, schedule, epoch, 31))
+            left -= parts[-1]
+        assert left == pytest.approx(0, abs=1e-9)
+        mean = 1000 / 30
+        shape = [mean * (1 + PODS_SWING * wave(schedule, e, 31)) for e in range(1, 31)]
+        assert parts == pytest.approx(shape, rel=1e-9)
+
+
+def simulate(infobatch: InfoBatch, batch_size: int | None = None, flat: int = 0) -> list[Plan]:
+    """A run with losses of their own each epoch; they are all alike in the first `flat` ones."""
+    rng = np.random.default_rng(infobatch.seed)
+    plans = []
+    for epoch in range(infobatch.num_epochs):
+        losses = rng.gamma(1.0, 1.0, infobatch.num_samples).astype(np.float32)
+        if epoch < flat:
+            losses[:] = 1
+        plan = infobatch.sample(epoch, batch_size)
+        plans.append(plan)
+        for batch in plan.batches(500):
+            infobatch.update(torch.from_numpy(losses[batch.indices.numpy()]), batch)
+    return plans
+
+
+def aiming(target: float, n: int = 1000, epochs: int = 12, **kwargs) -> InfoBatch:
+    return InfoBatch(n, epochs, device="cpu", target_saving=target, **kwargs)
+
+
+def saved(plans: list[Plan]) -> int:
+    return sum(plan.num_samples - len(plan) for plan in plans)
+
+
+@pytest.mark.parametrize("n", [127, 1000, 1003])
+@pytest.mark.parametrize("schedule", RATIO_SCHEDULES)
+@pytest.mark.parametrize(
+    ("policy", "target"),
+    [("soft", 0.3), ("hard", 0.4), ("repb", 0.2), ("random", 0.333), ("ucb", 0.5), ("seta", 0.1)],
+)
+def test_a_target_is_reached_to_a_sample(policy: str, target: float, schedule: str, n: int) -> None:
+    infobatch = aiming(target, n, policy=policy, ratio_schedule=schedule)
+    plans = simulate(infobatch)
+    assert infobatch.most_saving == 10 / 12
+    assert max(plan.ratio for plan in plans) < 1
+    assert abs(saved(plans) - target * n * 12) <= 0.5
+    expected = math.fsum(plan.expected_saving for plan in plans) / 12
+    assert expected == pytest.approx(target, abs=1 / n)
+    assert len(plans[0]) == len(plans[-1]) == n
+    parts = [n - len(plan) for plan in plans[1:11]]
+    if schedule == "constant":
+        assert max(parts) - min(parts) <= 1
+    else:
+        assert max(parts) > 1.5 * min(parts)
+    for plan in plans[1:11]:
+        assert plan.ratio * plan.num_prunable == pytest.approx(n - len(plan), abs=0.51)
+
+
+def test_the_ratio_is_not_used_with_a_target() -> None:
+    one, other = (simulate(aiming(0.3, ratio=ratio)) for ratio in (0.0, 0.9))
+    assert saved(one) == saved(other) == 3600
+    assert all(torch.equal(a.indices, b.indices) for a, b in zip(one, other, strict=True))
+
+
+def test_a_target_with_whole_batches() -> None:
+    for policy in ("soft", "hard"):
+        plans = simulate(aiming(0.3, 1003, policy=policy), 64)
+        assert all(len(plan) % 64 == 0 for plan in plans[1:11])
+        assert abs(saved(plans) - 0.3 * 1003 * 12) <= 32
+
+
+def test_a_shortfall_is_caught_up_later() -> None:
+    # With equal scores soft can leave out nothing for four epochs; the other seven make up for it.
+    plans = simulate(aiming(0.3), flat=3)
+    assert [len(plan) for plan in plans[:4]] == [1000] * 4
+    parts = [1000 - len(plan) for plan in plans[4:11]]
+    assert sum(parts) == 3600
+    assert max(parts) - min(parts) <= 1
+
+
+def test_a_high_target_swings_less() -> None:
+    # Of 84% on average a swing by half would ask for more than all of some epochs.
+    plans = simulate(aiming(0.7, policy="hard", ratio_schedule="pods"))
+    ratios = [plan.ratio for plan in plans[1:11]]
+    assert saved(plans) == 8400
+    assert max(ratios) < 1
+    assert max(ratios) - min(ratios) > 0.15
+
+
+def test_a_target_out_of_reach_leaves_out_all_it_can() -> None:
+    infobatch = aiming(0.8)
+    plans = simulate(infobatch)
+    for plan in plans[1:11]:
+        assert plan.ratio == 1
+        assert len(plan) == 1000 - plan.num_prunable + 1  # one is always kept
+    assert saved(plans) < 0.8 * 12_000
+    assert saved(plans) / 12_000 < infobatch.most_saving
+    for target in (0.9, 0.999):  # beyond what any policy could
+        plans = simulate(aiming(target, policy="hard"))
+        assert [len(plan) for plan in plans] == [1000] + [1] * 10 + [1000]
+    assert saved(simulate(aiming(0.3, policy="none"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "kwargs", "most"),
+    [
+        (12, {}, 10 / 12),
+        (200, {}, 174 / 200),
+        (12, {"anneal": False}, 11 / 12),
+        (12, {"delta": 0.0}, 0),
+        (1, {}, 0),
+        (10, {"delta": 0.1}, 0),
+    ],
+)
+def test_most_saving(epochs: int, kwargs: dict, most: float) -> None:
+    infobatch = aiming(0.999, 50, epochs, policy="hard", **kwargs)
+    assert infobatch.most_saving == pytest.approx(most, abs=1e-12)
+    share = saved(simulate(infobatch)) / (50 * epochs)
+    assert share == pytest.approx(most * 49 / 50)  # one sample is kept
+
+
+@pytest.mark.parametrize("target", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf])
+def test_a_target_is_in_its_bounds(target: float) -> None:
+    with pytest.raises(ValueError, match=rf"^target_saving must be in \(0, 1\), got {target}$"):
+        aiming(target)
+
+
+def test_an_epoch_drawn_twice_is_counted_once() -> None:
+    infobatch = aiming(0.3, policy="hard")
+    infobatch.scores.copy_(torch.arange(1000.0))
+    total = 0
+    for epoch in range(12):
+        infobatch.sample(epoch)
+        first, second = infobatch.sample(epoch), infobatch.sample(epoch)
+        assert torch.equal(first.indices, second.indices)
+        total += 1000 - len(second)
+    assert total == 3600
