@@ -28,8 +28,8 @@ from torchvision.transforms.v2 import functional as v2
 
 from infobatch_fast.augment import augmentation
 from infobatch_fast.data import Dataset
-from infobatch_fast.infobatch import Plan
 from infobatch_fast.loader import DaliLoader, TorchLoader, make_loader
+from infobatch_fast.plan import Plan
 
 PAD = 4
 # The least that has to move for an image, whoever makes it: its 32 x 32 x 3 uint8 pixels read and

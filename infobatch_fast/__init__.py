@@ -11,16 +11,17 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "InfoBatch": "infobatch",
-    "Plan": "infobatch",
-    "Batch": "infobatch",
+    "Plan": "plan",
+    "Batch": "plan",
     "DaliLoader": "loader",
     "TorchLoader": "loader",
 }
 __all__ = ["Batch", "DaliLoader", "InfoBatch", "Plan", "TorchLoader", "__version__"]
 
 if TYPE_CHECKING:
-    from infobatch_fast.infobatch import Batch, InfoBatch, Plan
+    from infobatch_fast.infobatch import InfoBatch
     from infobatch_fast.loader import DaliLoader, TorchLoader
+    from infobatch_fast.plan import Batch, Plan
 
 
 def __getattr__(name: str) -> object:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infobatch_fast.errors import reason
-from infobatch_fast.infobatch import Batch
+from infobatch_fast.plan import Batch
 from infobatch_fast.schedule import set_schedule
 from infobatch_fast.step import TrainStep
 from infobatch_fast.telemetry import Phases

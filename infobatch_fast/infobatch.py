@@ -6,8 +6,7 @@ Dimensions: N samples, n prunable, k of those kept, K kept in all, B batch, T lo
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -18,65 +17,10 @@ from infobatch_fast.budget import RATIO_SCHEDULES, Budget, scheduled_ratio, to_s
 from infobatch_fast.errors import unknown_name
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
+from infobatch_fast.plan import Batch, Plan, check_count, per_sample
 from infobatch_fast.policies import POLICIES, SCORES, Choice, View, soft
 
 STATE_VERSION = 2
-
-
-class Batch(NamedTuple):
-    """What `InfoBatch.update` must know of a batch: it travels with the batch's images.
-
-    Attributes:
-        indices: (B,) int64, the samples' numbers in the data set.
-        weights: (B,) float32, the samples' loss weights.
-    """
-
-    indices: Tensor
-    weights: Tensor
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One epoch: which samples, in which order, with which weights; `len(plan)` is K.
-
-    Attributes:
-        epoch: the epoch it was drawn for, from 0.
-        num_samples: N.
-        num_prunable: n, the samples that the policy allowed to be left out; 0 in a full epoch.
-        indices: (K,) int64.
-        weights: (K,) float32.
-        ratio: the share of the prunable samples to be left out, before rounding to whole samples
-            and batches.
-    """
-
-    epoch: int
-    num_samples: int
-    num_prunable: int
-    indices: Tensor
-    weights: Tensor
-    ratio: float = 0.0
-
-    @property
-    def expected_saving(self) -> float:
-        """The share of all samples to be left out: ratio n / N."""
-        return self.ratio * self.num_prunable / self.num_samples
-
-    def __len__(self) -> int:
-        return self.indices.numel()
-
-    def batch(self, start: int, stop: int) -> Batch:
-        """The samples at positions start to stop of the epoch, as views."""
-        return Batch(self.indices[start:stop], self.weights[start:stop])
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The epoch in batches of B, the last one partial: to go beside a loader of one's own.
-
-        Raises:
-            ValueError: batch_size is below 1.
-        """
-        _check_count("batch_size", batch_size)
-        for start in range(0, len(self), batch_size):
-            yield self.batch(start, start + batch_size)
 
 
 def first_full_epoch(num_epochs: int, delta: float) -> int:
@@ -163,8 +107,8 @@ class InfoBatch:
         ratio_schedule: str = "constant",
         target_saving: float | None = None,
     ) -> None:
-        _check_count("num_samples", num_samples)
-        _check_count("num_epochs", num_epochs)
+        check_count("num_samples", num_samples)
+        check_count("num_epochs", num_epochs)
         check_ratio(ratio)
         check_delta(delta)
         check_target(target_saving)
@@ -218,7 +162,7 @@ class InfoBatch:
         if not 0 <= epoch < self.num_epochs:
             raise ValueError(f"epoch must be in [0, {self.num_epochs}), got {epoch}")
         if batch_size is not None:
-            _check_count("batch_size", batch_size)
+            check_count("batch_size", batch_size)
         if epoch != self._epoch:
             self._past, self._epoch = self._after, epoch
         budget = self._budget(epoch)
@@ -440,31 +384,9 @@ def _as_dict(past: _Past) -> dict[str, Any]:
     return {"memory": dict(past.memory), "last": past.last, "saved": past.saved}
 
 
-def per_sample(losses: Tensor, batch_size: int) -> Tensor:
-    """Losses of any accepted shape and dtype as (B,) float32 (float64 stays), differentiably."""
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"losses must be a floating tensor, got {kind}")
-    if losses.dim() == 0 and batch_size == 1:
-        losses = losses.view(1)
-    if losses.dim() == 0 or losses.shape[0] != batch_size or 0 in losses.shape[1:]:
-        raise ValueError(
-            f"losses must hold one loss per sample of the batch of {batch_size} "
-            f'(reduction="none"), got shape {tuple(losses.shape)}'
-        )
-    if losses.dtype != torch.float64:
-        losses = losses.float()
-    return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
-
-
 def _onto(tensor: Tensor, device: torch.device) -> Tensor:
     # Towards the host a copy must have landed before it is read: that one waits.
     return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
 
 
 def _mix(seed: int, epoch: int) -> int:

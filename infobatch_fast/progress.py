@@ -12,7 +12,7 @@ import torch
 from infobatch_fast import checkpoint, config
 from infobatch_fast.config import Config
 from infobatch_fast.errors import UserError, reason
-from infobatch_fast.infobatch import Plan
+from infobatch_fast.plan import Plan
 from infobatch_fast.samples import SampleRecord
 from infobatch_fast.step import Counts, TrainStep
 from infobatch_fast.telemetry import PHASES, PRUNING, Nvml, peak_memory

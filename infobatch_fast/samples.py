@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infobatch_fast.checkpoint import write_atomically
 from infobatch_fast.dataset import Dataset
-from infobatch_fast.infobatch import Plan
+from infobatch_fast.plan import Plan
 
 TRACKED = 1024  # samples whose scores are kept for each epoch: 4 kB an epoch
 PICTURED = 48  # samples whose images are kept, half of them the least kept ones

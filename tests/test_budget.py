@@ -17,7 +17,7 @@ from infobatch_fast.budget import (
     to_save,
     wave,
 )
-from infobatch_fast.infobatch import Plan
+from infobatch_fast.plan import Plan
 from infobatch_fast.syncs import host_syncs
 
 

@@ -14,8 +14,8 @@ from scipy import stats
 
 from infobatch_fast import Batch, InfoBatch, config, policies
 from infobatch_fast.budget import Budget
-from infobatch_fast.infobatch import Plan
 from infobatch_fast.kernels import reference
+from infobatch_fast.plan import Plan
 from infobatch_fast.policies import POLICIES, Choice, Policy, View
 from infobatch_fast.syncs import host_syncs
 

@@ -10,7 +10,7 @@ from cifar_files_made import fails
 
 from infobatch_fast import checkpoint
 from infobatch_fast.data import make_synthetic
-from infobatch_fast.infobatch import Plan
+from infobatch_fast.plan import Plan
 from infobatch_fast.samples import PICTURED, TRACKED, SampleRecord
 
 CPU = torch.device("cpu")

@@ -22,9 +22,9 @@ from torchvision.transforms.functional import normalize
 from infobatch_fast import InfoBatch, checkpoint, record, train
 from infobatch_fast.config import Config
 from infobatch_fast.data import make_synthetic
-from infobatch_fast.infobatch import Plan
 from infobatch_fast.kernels import reference
 from infobatch_fast.models import make_model
+from infobatch_fast.plan import Plan
 from infobatch_fast.policies import POLICIES
 from infobatch_fast.progress import SECONDS, Diverged, Progress
 from infobatch_fast.record import source_hash

@@ -1,0 +1,90 @@
+"""An epoch's plan, what of it travels with a batch, and the losses that come back for one.
+
+Dimensions: N samples, n prunable, K kept in all, B batch, T loss terms a sample.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What `InfoBatch.update` must know of a batch: it travels with the batch's images.
+
+    Attributes:
+        indices: (B,) int64, the samples' numbers in the data set.
+        weights: (B,) float32, the samples' loss weights.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch: which samples, in which order, with which weights; `len(plan)` is K.
+
+    Attributes:
+        epoch: the epoch it was drawn for, from 0.
+        num_samples: N.
+        num_prunable: n, the samples that the policy allowed to be left out; 0 in a full epoch.
+        indices: (K,) int64.
+        weights: (K,) float32.
+        ratio: the share of the prunable samples to be left out, before rounding to whole samples
+            and batches.
+    """
+
+    epoch: int
+    num_samples: int
+    num_prunable: int
+    indices: Tensor
+    weights: Tensor
+    ratio: float = 0.0
+
+    @property
+    def expected_saving(self) -> float:
+        """The share of all samples to be left out: ratio n / N."""
+        return self.ratio * self.num_prunable / self.num_samples
+
+    def __len__(self) -> int:
+        return self.indices.numel()
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """The samples at positions start to stop of the epoch, as views."""
+        return Batch(self.indices[start:stop], self.weights[start:stop])
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The epoch in batches of B, the last one partial: to go beside a loader of one's own.
+
+        Raises:
+            ValueError: batch_size is below 1.
+        """
+        check_count("batch_size", batch_size)
+        for start in range(0, len(self), batch_size):
+            yield self.batch(start, start + batch_size)
+
+
+def per_sample(losses: Tensor, batch_size: int) -> Tensor:
+    """Losses of any accepted shape and dtype as (B,) float32 (float64 stays), differentiably."""
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(f"losses must be a floating tensor, got {kind}")
+    if losses.dim() == 0 and batch_size == 1:
+        losses = losses.view(1)
+    if losses.dim() == 0 or losses.shape[0] != batch_size or 0 in losses.shape[1:]:
+        raise ValueError(
+            f"losses must hold one loss per sample of the batch of {batch_size} "
+            f'(reduction="none"), got shape {tuple(losses.shape)}'
+        )
+    if losses.dtype != torch.float64:
+        losses = losses.float()
+    return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError unless value is a whole number of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
