@@ -12,12 +12,9 @@ Dimensions: B batch.
 """
 
 import gc
-import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +28,7 @@ from infobatch_fast.graph import WARM_UP, GraphStep
 from infobatch_fast.loader import TorchLoader
 from infobatch_fast.plan import Batch
 from infobatch_fast.step import TrainStep
-from infobatch_fast.syncs import host_syncs
+from infobatch_fast.syncs import chrome_trace, host_syncs
 
 PART = "step"
 NUDGED, UNTRAINED = "eager, weights off by a rounding", "eager, learning rate 0"
@@ -219,18 +216,7 @@ def launches(call: Callable[[], object]) -> int:
     Args:
         call: run once, after it has run before.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    # acc_events: without it torch 2.11 warns, though there is one cycle alone.
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return launches_in_trace(json.loads(path.read_text()))
+    return launches_in_trace(chrome_trace(call))
 
 
 def launches_in_trace(trace: dict[str, Any]) -> int:

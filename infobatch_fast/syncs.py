@@ -173,22 +173,35 @@ def trace_syncs(call: Callable[[], object]) -> TracedSyncs:
     Args:
         call: run once; run it before, so that what only a first call does is not seen.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    # acc_events: without it torch 2.11 warns, though there is one cycle alone.
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+
+    def marked() -> None:
         with (
             torch.autograd.set_multithreading_enabled(False),
             torch.profiler.record_function(_MARKER),
         ):
             call()
+
+    return syncs_in_trace(chrome_trace(marked))
+
+
+def chrome_trace(call: Callable[[], object]) -> dict[str, Any]:
+    """A trace of torch's profiler in Chrome's format.
+
+    Args:
+        call: run once, the GPU waited for at its end.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    # acc_events: without it torch 2.11 warns, though there is one cycle alone.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return syncs_in_trace(json.loads(path.read_text()))
+        return json.loads(path.read_text())
 
 
 def syncs_in_trace(trace: dict[str, Any]) -> TracedSyncs:
