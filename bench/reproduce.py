@@ -69,7 +69,8 @@ class Options:
     Attributes:
         table: accuracy, cost, ablation, policies, or all of them.
         seeds: each run is trained with each.
-        dataset: default cifar10; where preset quick finds none, a synthetic one stands in.
+        dataset: default cifar10; where preset quick finds none and no folder is named, a synthetic
+            one stands in.
         scale: share of the epochs and of the data, in (0, 1], for a small machine: then these
             are not the reported experiments.
         preset: default paper where there is a CUDA device, quick where there is none.
@@ -185,6 +186,8 @@ def _setting(options: Options, device: torch.device, extra: Sequence[str], say: 
         try:
             _load(dataset, options, download=not options.dry_run)
         except DataMissing as missing:
+            if options.data_dir is not None:
+                raise
             say(f"WARNING: {missing}")
             dataset = "synthetic"
     return make_setting(

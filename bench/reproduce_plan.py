@@ -15,9 +15,10 @@ DELTA = Config.delta  # the default is that of the reported runs
 TABLES = ("accuracy", "cost", "ablation", "policies")
 SAVING = 0.25  # what all policies leave out, where a run of so many epochs can
 MAIN_RATIO = 0.5
-# Share of the samples that a policy may leave out, for the estimate alone: that of the samples
-# below the mean loss is 0.77 to 0.86 in the reported runs.
-_PRUNABLE = {"soft": 0.8, "hard": 0.2}
+LEAST_EPOCHS = 2
+# Share of the samples below the mean loss, for the estimate alone: 0.77 to 0.86 in the reported
+# runs.
+_SOFT_PRUNABLE = 0.8
 # Flags of the trainer that are the plan's own; no further word may hold them.
 _OWN = (
     *("preset", "dataset", "seed", "epochs", "device", "data-dir", "data-fraction"),
@@ -88,7 +89,7 @@ class Training:
             return 0.0
         if self.target_saving is not None:
             return self.target_saving
-        share = _PRUNABLE.get(self.policy, 1.0)
+        share = _SOFT_PRUNABLE if self.policy == "soft" else 1.0
         return most_saving(epochs, self.delta if self.anneal else 1.0) * self.ratio * share
 
 
@@ -174,7 +175,7 @@ def make_setting(
         extra: further words for the trainer.
 
     Raises:
-        UserError: a further word is the plan's to set, or not the trainer's.
+        UserError: too few epochs, or a further word is the plan's to set, or not the trainer's.
     """
     for word in extra:
         flag = word.split("=")[0].removeprefix("--").replace("_", "-")
@@ -186,15 +187,16 @@ def make_setting(
         cuda=device == "cuda",
     )
     scaled = max(1, round((epochs or defaults.epochs) * scale))
+    if scaled < LEAST_EPOCHS:
+        raise UserError(
+            f"epochs times scale must be at least {LEAST_EPOCHS}, as the first prunes nothing, "
+            f"got {epochs or defaults.epochs} x {scale:g}"
+        )
     return Setting(dataset, preset, device, scaled, scale, data_dir, tuple(extra), defaults)
 
 
 def make_plan(setting: Setting, tables: Iterable[str], seeds: Sequence[int]) -> list[Planned]:
-    """The runs of the tables, seed by seed, each run once.
-
-    Raises:
-        UserError: a table needs more epochs.
-    """
+    """The runs of the tables, seed by seed, each run once."""
     tables = set(tables)
     plan: list[Planned] = []
     for seed in seeds:
@@ -252,15 +254,9 @@ def target_saving(epochs: int, delta: float = DELTA) -> float:
     Args:
         epochs: E.
         delta: share of the epochs that prune.
-
-    Raises:
-        UserError: the epochs allow nothing.
     """
     most = most_saving(epochs, delta)
-    if most == 0:
-        raise UserError(
-            f"epochs times scale must be at least 2 for the table policies, got {epochs}"
-        )
+    assert most > 0, "too few epochs"
     return SAVING if most > SAVING else round(most / 2, 4)
 
 

@@ -71,12 +71,13 @@ class Runs:
 
         Raises:
             Interrupted: by a signal, after the trainer saved what it had.
-            UserError: the first run was a mistake: so are the others.
+            UserError: the first run is a mistake from its beginning: so are the others.
         """
         tried: set[str] = set()
         while ready := [p for p in self.left() if p.epochs is not None and p.name not in tried]:
             self._write()
             planned = ready[0]
+            begun = (self.out / planned.name / record.CONFIG).exists()
             try:
                 code = self._train_one(planned, command, interrupts, say)
             except Interrupted as stop:
@@ -85,10 +86,10 @@ class Runs:
                 self._write()
                 done = f"{len(self.plan) - len(self.left())} of {counted(len(self.plan), 'run')}"
                 raise Interrupted(
-                    stop.number, f"stopped; {done} are done, and the same command goes on"
+                    stop.number, f"stopped; {done} are done; the same command continues"
                 ) from None
             state = self.states[planned.name]
-            if code == _MISTAKE and not tried:
+            if code == _MISTAKE and not tried and not begun:
                 self._write()
                 raise UserError(state.reason)
             tried.add(planned.name)
@@ -193,7 +194,7 @@ def plan_lines(runs: Runs, pace: Pace | None) -> Iterator[str]:
     if any(planned.epochs is None for planned in runs.plan):
         yield (
             "X          is planned when the run it comes after is done: full data for as many "
-            "samples as that run saw"
+            "whole epochs as saw its samples; where that is another run of the plan, it is that"
         )
     left = runs.left()
     if not left:

@@ -73,7 +73,7 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
         cells.append(
             [
                 f"{method.label}, {counted(epochs, 'epoch')}",
-                f"{mean([100 * _saved(line, longest) for line in runs.values()], 1)}%",
+                f"{statistics.fmean(100 * _saved(line, longest) for line in runs.values()):.1f}%",
                 mean([100 * line["accuracy_last"] for line in runs.values()], 2),
                 NONE if whole else _difference(runs, full),
                 _difference(runs, nearest),

@@ -3,10 +3,14 @@
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 PODS_PERIOD = 10  # epochs, about: whole periods fit the epochs that prune
 PODS_SWING = 0.5  # of the ratio, to either side
+# What a target may leave out of the prunable samples where those kept are weighted by n / k: at a
+# ratio near 1 a single sample would stand for all of them, and one step ruins the network.
+MOST_WEIGHTED = 0.9
 RATIO_SCHEDULES = ("constant", "pods")
 
 
@@ -16,10 +20,12 @@ class Budget(NamedTuple):
     Attributes:
         ratio: r, the share of them, in [0, 1); not used where there is a number.
         number: samples; None leaves out r n.
+        most: the share of them that a number leaves out at most.
     """
 
     ratio: float
     number: float | None = None
+    most: float = 1.0
 
     @property
     def prunes(self) -> bool:
@@ -28,7 +34,9 @@ class Budget(NamedTuple):
 
     def kept(self, n: int) -> float:
         """Samples kept of n prunable ones, before rounding."""
-        return (1 - self.ratio) * n if self.number is None else max(n - self.number, 0.0)
+        if self.number is None:
+            return (1 - self.ratio) * n
+        return max(n - self.number, (1 - self.most) * n)
 
     def kept_on_device(self, n: Tensor) -> Tensor:
         """The same rounded, and at least one, without a host sync.
@@ -40,7 +48,10 @@ class Budget(NamedTuple):
             () int64.
         """
         n = n.double()
-        kept = n * (1 - self.ratio) if self.number is None else n - self.number
+        if self.number is None:
+            kept = n * (1 - self.ratio)
+        else:
+            kept = torch.maximum(n - self.number, n * (1 - self.most))
         return kept.round().clamp(min=1).long()
 
 

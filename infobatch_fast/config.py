@@ -59,7 +59,8 @@ class Config:
         score: of a sample: loss is its last, bls the running mean of its batches' losses.
         ratio_schedule: pods alternates between epochs of more data and of less, ratio on average.
         target_saving: share of the samples of the whole run to leave out, in (0, 1): each epoch's
-            ratio is solved from its scores, and --ratio not used. Where that cannot be, it says so.
+            ratio is solved from its scores, and --ratio not used. Where samples are weighted it
+            goes to 0.9 at most; a target out of reach is told, and how far the run came.
         model: r18 to r101 are torchvision's ResNets with a CIFAR stem; small is for CPUs.
         epochs: passes over the (pruned) data.
         batch_size: samples a step.
@@ -181,6 +182,12 @@ class Config:
             raise UserError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.target_saving is not None and (self.policy == "none" or self.delta == 0):
+            prunes = "policy" if self.policy == "none" else "delta"
+            raise UserError(
+                f"target_saving needs epochs that prune, got {self.target_saving} with {prunes} "
+                f"{getattr(self, prunes)}"
+            )
         if not 0 < self.data_fraction <= 1:
             raise UserError(f"data_fraction must be in (0, 1], got {self.data_fraction}")
         for argument in ("synthetic_easy", "synthetic_hard"):
@@ -292,8 +299,10 @@ def differences(config: Config, recorded: Any) -> list[str]:
     if not isinstance(recorded, dict):
         return ["config"]
     mine = config.recorded()
-    names = sorted({*mine, *recorded}.difference(RESUMABLE))
-    return [name for name in names if mine.get(name) != recorded.get(name)]
+    # A record of an older version lacks the settings that came later.
+    theirs = {**{f.name: f.default for f in fields(Config) if f.name in mine}, **recorded}
+    names = sorted({*mine, *theirs}.difference(RESUMABLE))
+    return [name for name in names if mine.get(name) != theirs.get(name)]
 
 
 def settle(config: Config, dataset: str, device: str) -> Config:

@@ -6,7 +6,7 @@ from typing import Any
 from infobatch_fast.config import Config
 from infobatch_fast.data import Dataset
 from infobatch_fast.infobatch import InfoBatch, first_full_epoch
-from infobatch_fast.policies import POLICIES
+from infobatch_fast.plan import Plan
 
 
 def preset_line(settings: Config, chosen: bool) -> str:
@@ -49,7 +49,6 @@ def header(
 
 
 PRUNABLE = {"soft": "well-learned", "repb": "samples below the mean of their batch"}
-STRAIN = 0.9  # of the prunable samples left out: a target beyond it is warned of
 REACHED = 0.001  # of all samples: whole samples and batches need not meet a target exactly
 
 
@@ -85,33 +84,39 @@ def target_lines(infobatch: InfoBatch) -> list[str]:
     """What --target-saving asks of each epoch, and whether that can be."""
     target, most = infobatch.target_saving, infobatch.most_saving
     assert target is not None
-    if infobatch.policy == "none":
-        return [f"WARNING: target_saving {target:g} cannot be reached: policy none saves nothing"]
+    pruning = infobatch.first_full_epoch - 1
     if target > most:
-        why = "no epoch prunes"
-        if infobatch.first_full_epoch > 0:
+        why = "there is but one epoch that may prune, the first, which has no scores yet"
+        if pruning > 0:
+            weighted = f", {infobatch.most_ratio:.0%} of them at most" * (infobatch.most_ratio < 1)
             why = (
-                f"of the {infobatch.num_epochs} epochs {infobatch.first_full_epoch} prune, the "
-                f"first of them has no scores yet, and so at most {most:.1%} can be saved"
+                f"{pruning} of the {infobatch.num_epochs} epochs can leave out samples{weighted}, "
+                f"and so the run can save {most:.1%} at most"
             )
         return [f"WARNING: target_saving {target:g} cannot be reached: {why}"]
-    line = f"target     {target / most:.1%} of the samples out of each epoch that prunes, "
+    part = target * infobatch.num_epochs / pruning
+    line = f"target     {part:.1%} of the samples out of each epoch that prunes, "
     if infobatch.policy in PRUNABLE:
-        return [f"{line}reached only if as many are {PRUNABLE[infobatch.policy]}"]
+        needed = part / infobatch.most_ratio
+        return [f"{line}possible while {needed:.1%} are {PRUNABLE[infobatch.policy]}"]
     return [f"{line}which {infobatch.policy} can do"]
 
 
-def strained(line: dict[str, Any], settings: Config) -> str | None:
-    """That the target leaves nearly nothing of what an epoch may leave out; None if it does not."""
-    target, ratio = settings.target_saving, line["ratio"]
-    if target is None or ratio <= STRAIN:
+def strained(plan: Plan, infobatch: InfoBatch) -> str | None:
+    """That an epoch cannot leave out its part of the target; None if it can."""
+    capped = plan.num_prunable == 0 or plan.ratio >= infobatch.most_ratio - 1e-9
+    if infobatch.asked < 0.5 or not capped:
         return None
-    kept = line["prunable"] + line["kept"] - line["samples"]
-    text = f"WARNING: target_saving {target:g} keeps {kept:,} of the {line['prunable']:,} prunable "
-    text += f"samples in epoch {line['epoch']}"
-    if settings.rescale and POLICIES[settings.policy].unbiased:
-        text += f", each with weight {line['prunable'] / kept:,.0f}, which may ruin the training"
-    return text + ("; what it could not save falls to later epochs" if ratio == 1 else "")
+    why = "all but one"
+    if infobatch.most_ratio < 1:
+        why = f"at most {infobatch.most_ratio:.0%}, as those kept are weighted"
+    last = plan.epoch == infobatch.first_full_epoch - 1
+    return (
+        f"WARNING: target_saving {infobatch.target_saving:g} asks epoch {plan.epoch + 1} to leave "
+        f"out {infobatch.asked:,.0f} samples; of its {plan.num_prunable:,} prunable ones it leaves "
+        f"out {why}: {plan.num_samples - len(plan):,}; "
+        f"{'so it is missed' if last else 'the rest falls to later epochs'}"
+    )
 
 
 def epoch_line(line: dict[str, Any], epochs: int, samples: int, *, ratio: bool = False) -> str:
@@ -125,6 +130,8 @@ def epoch_line(line: dict[str, Any], epochs: int, samples: int, *, ratio: bool =
     """
     width = len(str(epochs))
     loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+    if len(loss) > 12:
+        loss = f"{line['loss']:.2e}"
     accuracy = "     -" if line["accuracy"] is None else f"{line['accuracy']:6.2%}"
     pruning = line["pruning_seconds"]
     text = (

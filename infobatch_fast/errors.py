@@ -14,7 +14,7 @@ _ALIASES = {"gpu": "cuda", "resnet18": "r18", "resnet50": "r50", "float16": "fp1
 def unknown_name(argument: str, value: object, known: Iterable[str]) -> str:
     """The message for a name that is not one of `known`, with the nearest one suggested."""
     known = list(known)
-    near = difflib.get_close_matches(_ALIASES.get(str(value), str(value)), known, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(_ALIASES.get(str(value), str(value)), known, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{argument} must be one of {', '.join(known)}, got {value}{hint}"
 

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infobatch_fast.budget import RATIO_SCHEDULES, Budget, scheduled_ratio, to_save
+from infobatch_fast.budget import (
+    MOST_WEIGHTED,
+    RATIO_SCHEDULES,
+    Budget,
+    scheduled_ratio,
+    to_save,
+)
 from infobatch_fast.errors import unknown_name
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
@@ -77,8 +83,9 @@ class InfoBatch:
         score: loss, the sample's last; or bls, of `policies.SCORES`.
         ratio_schedule: constant, or pods, which swings the ratio around its mean.
         target_saving: share of the samples of all epochs that the run shall leave out, in (0, 1).
-            Each epoch's ratio is then solved from its scores, and `ratio` is not used. What an
-            epoch cannot save falls to the later ones; see `most_saving`.
+            Each epoch's ratio is then solved from its scores, and `ratio` is not used. Where kept
+            samples are weighted by n/k it goes to 0.9 at most. What an epoch cannot save falls to
+            the later ones; see `most_saving`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -139,6 +146,7 @@ class InfoBatch:
         triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
         self._past = self._after = _Past({}, None, 0)
+        self.asked = 0.0  # samples that a target asked the last epoch drawn to leave out
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -166,6 +174,7 @@ class InfoBatch:
         if epoch != self._epoch:
             self._past, self._epoch = self._after, epoch
         budget = self._budget(epoch)
+        self.asked = budget.number or 0.0
         policy = POLICIES[self.policy]
         if epoch < self.first_full_epoch and budget.prunes and self.policy != "none":
             plan, memory = self._draw(epoch, budget, batch_size)
@@ -178,12 +187,19 @@ class InfoBatch:
 
     @property
     def most_saving(self) -> float:
-        """An upper bound of the share that a run can save: all epochs but the full ones.
+        """An upper bound of the share that a target can save: all epochs but the full ones.
 
-        The first is full, having no scores. How near a run comes depends on the policy, too: soft
-        can leave out at most the samples below the mean.
+        The first is full, having no scores. Where kept samples are weighted by n/k, nine in ten
+        are left out at most. How near a run comes depends on the policy, too: soft can leave out
+        samples below the mean alone.
         """
-        return max(0, self.first_full_epoch - 1) / self.num_epochs
+        return self.most_ratio * max(0, self.first_full_epoch - 1) / self.num_epochs
+
+    @property
+    def most_ratio(self) -> float:
+        """The most that a target leaves out of an epoch's prunable samples."""
+        weighted = self.rescale and POLICIES[self.policy].unbiased
+        return MOST_WEIGHTED if weighted else 1.0
 
     def _budget(self, epoch: int) -> Budget:
         schedule = self.ratio_schedule, epoch, self.first_full_epoch
@@ -192,7 +208,7 @@ class InfoBatch:
         if self.target_saving is None:
             return Budget(scheduled_ratio(self.ratio, *schedule))
         left = self.target_saving * self.num_samples * self.num_epochs - self._past.saved
-        return Budget(0.0, to_save(left, self.num_samples, *schedule))
+        return Budget(0.0, to_save(left, self.num_samples, *schedule), self.most_ratio)
 
     def _draw_all(self, epoch: int) -> Plan:
         device = self.scores.device
@@ -348,7 +364,7 @@ class InfoBatch:
         epoch, past, after = None, _Past({}, None, 0), _Past({}, None, 0)
         if strict:
             epoch = state.get("epoch")
-            if epoch is not None and epoch not in range(self.num_epochs):
+            if epoch is not None and (type(epoch) is not int or not 0 <= epoch < self.num_epochs):
                 raise ValueError(
                     f"epoch of the state must be in [0, {self.num_epochs}), got {epoch}"
                 )
@@ -363,9 +379,10 @@ class InfoBatch:
             saved = operator.index(given["saved"])
             last = given["last"]
             fits = saved >= 0 and (last is None or self._is_plan(last))
-            for key, value in given["memory"].items():
-                known = key in POLICIES[self.policy].memory
-                fits = fits and known and value.shape in (self.scores.shape, ())
+            names = set(POLICIES[self.policy].memory)
+            fits = fits and set(given["memory"]) in (set(), names)
+            for value in given["memory"].values():
+                fits = fits and value.shape in (self.scores.shape, ())
             memory = {key: value.to(device) for key, value in given["memory"].items()}
             if fits:
                 return _Past(memory, None if last is None else last.to(device), saved)
@@ -375,6 +392,8 @@ class InfoBatch:
 
     def _is_plan(self, indices: Tensor) -> bool:
         if indices.dtype != torch.int64 or indices.dim() != 1:
+            return False
+        if not 0 < indices.numel() <= self.num_samples:
             return False
         low, high = indices.aminmax()
         return bool(low >= 0) and bool(high < self.num_samples)

@@ -114,7 +114,8 @@ def hard(view: View) -> Choice:
 def orderdp(view: View) -> Choice:
     """OrderDP (ICLR 2026): of a uniform pool of 1.2 k samples, the k of highest loss are kept.
 
-    Where whole batches round k up beyond the pool, the rest is drawn from all others by lot.
+    For r up to 1/6 the pool is everybody, as in `hard`. Where whole batches round k up beyond the
+    pool, the rest is drawn from all others by lot.
     """
     seen = view.seen
     size = (POOL * view.budget.kept_on_device(seen.sum()).double()).round()
@@ -178,7 +179,8 @@ def seta(view: View) -> Choice:
     The window is `SPAN` of `GROUPS` groups of like loss, and moves on by one each epoch; where it
     holds fewer than k samples the nearest groups fill up. Groups come from a histogram in the
     place of k-means: a group's share of the cube root of the density is the same for all, which is
-    what k-means tends to in one dimension. In the tail, without annealing, it draws from all.
+    what k-means tends to in one dimension (a score far beyond all others leaves these few bins).
+    In the tail, without annealing, it draws from all.
     """
     seen, scores = view.seen, view.scores
     if view.epoch >= view.tail:

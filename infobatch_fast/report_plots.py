@@ -30,7 +30,7 @@ from infobatch_fast.report_records import Run, training_seconds
 
 _BARS = (*COLOURS[:-1], "#999999")  # hatched in the text colour
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++")
-_MOST_HISTOGRAMS = 6
+_MOST_HISTOGRAMS = 12
 
 
 def plots(section: Section) -> list[Block]:
@@ -292,7 +292,10 @@ def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
         "scores upwards on a logarithmic axis, and the share of the scored samples as colour, "
         "from dark (none) to bright. Scores beyond the recorded bins count in the outermost."
     )
-    return [Plot(svg(figure), "Scores over the epochs", alt)]
+    blocks: list[Block] = [Plot(svg(figure), "Scores over the epochs", alt)]
+    if left := [run.letter for run in known if run.letter not in chosen]:
+        blocks.append(Text(f"Left out of the scores: {', '.join(left)}."))
+    return blocks
 
 
 def _shares(run: Run) -> tuple[np.ndarray, np.ndarray]:

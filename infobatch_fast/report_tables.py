@@ -46,8 +46,8 @@ SAVED = Column("samples saved %", lambda run: 100 * (run.saved_share or 0.0), No
 def experiment(section: Section) -> list[Block]:
     """The three tables of the reported experiments, of one setting on one device.
 
-    Only a section of the reported setting has the reported figures beside its own; in another one
-    a table of which nothing was measured is left out.
+    Only a section of the reported setting has the reported figures beside its own; another one has
+    the rows alone that were measured, and all of them in the first two tables.
     """
     by_ratio = [
         (row.label, row, figures)
@@ -60,6 +60,11 @@ def experiment(section: Section) -> list[Block]:
         for method, (name, accuracy) in ABLATION.items()
         for row in section.row(method)
     ]
+    if not section.reported:
+        named = [row for _, row, _ in by_ratio if row.runs]
+        by_ratio = [(row.label, row, None) for row in (*named, *section.rows)]
+        by_ratio = list({id(row): (label, row, None) for label, row, _ in by_ratio}.values())
+        ablation = [(label, row, None) for label, row, _ in ablation if row.runs]
     total = TOTAL._replace(name="GPU-hours" if section.gpu else "device-hours")
     blocks: list[Block] = []
     for title, rows, columns in (

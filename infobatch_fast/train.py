@@ -159,6 +159,10 @@ def train(
                 with phases("choose"), _watch(settings, device, "count") as watch:
                     plan = infobatch.sample(epoch, whole)
                 syncs = watch.count
+            warning = console.strained(plan, infobatch)
+            if warning is not None and not warned:
+                say(warning)
+                warned = True
             steps = math.ceil(len(plan) / settings.batch_size)
             bar.reset(total=steps)
             bar.update(start)
@@ -199,10 +203,6 @@ def train(
             )
             record.write_epochs(folder / record.EPOCHS, progress.history)
             say(console.epoch_line(line, epochs, samples, ratio=varies))
-            warning = console.strained({**line, "samples": samples}, settings)
-            if warning is not None and not warned:
-                say(warning)
-                warned = True
             plan, start = None, 0
             if progress.due() or epoch + 1 == epochs or interrupts.received:
                 progress.save()
@@ -301,7 +301,8 @@ def load_data(
             data = load_cifar(name, settings.data_dir or default_data_dir())
             return data.part(settings.data_fraction).to(device)
         except DataMissing as missing:
-            if not stand_in or settings.preset != "quick" or settings.dataset is not None:
+            named = settings.dataset is not None or settings.data_dir is not None
+            if not stand_in or settings.preset != "quick" or named:
                 raise
             say(f"WARNING: {missing}")
             say("WARNING: taking SYNTHETIC data instead; the accuracy will say nothing of CIFAR-10")

@@ -822,44 +822,72 @@ def test_a_target_is_met_and_told_of(tmp_path, capsys) -> None:
 def test_a_target_that_cannot_be_met_is_told_of(tmp_path, capsys) -> None:
     assert run_main("--target-saving", 0.9, "--out", tmp_path / "most") == 0
     out = capsys.readouterr().out
-    assert out.count("WARNING: target_saving 0.9 cannot be reached") == 1
-    assert "at most 75.0% can be saved" in out
+    told = (
+        "WARNING: target_saving 0.9 cannot be reached: 3 of the 4 epochs can leave out samples, "
+        "90% of them at most, and so the run can save 67.5% at most"
+    )
+    assert out.count(told) == 1
     assert re.search(r"90\.0% of the samples to save: NOT REACHED, \d\d\.\d%", out)
     for line in epochs_of(tmp_path / "most")[1:]:
-        assert line["ratio"] == 1
-        assert line["kept"] == 300 - line["prunable"] + 1
-    assert run_main("--policy", "none", "--target-saving", 0.1, "--out", tmp_path / "none") == 0
-    out = capsys.readouterr().out
-    assert "cannot be reached: policy none saves nothing" in out
-    assert "NOT REACHED, 0.0%" in out
+        n = line["prunable"]
+        assert line["ratio"] == pytest.approx(0.9)
+        assert line["kept"] == 300 - n + max(1, round((1 - 0.9) * n))
     # Below what any policy can save, but more than lies below the mean of these scores.
     assert run_main("--target-saving", 0.6, "--out", tmp_path / "soft") == 0
     out = capsys.readouterr().out
     assert "cannot be reached" not in out
-    assert "reached only if as many are well-learned" in out
-    assert out.count("WARNING: target_saving 0.6") == 1
+    # 0.6 x 4 epochs over the three that can prune, of nine in ten.
+    told = "target     80.0% of the samples out of each epoch that prunes, possible while 88.9% are"
+    assert told in out
+    assert out.count("WARNING: target_saving 0.6 asks epoch 2 to leave out 240 samples") == 1
     assert "60.0% of the samples to save: NOT REACHED" in out
 
 
+@pytest.mark.parametrize(("flag", "value"), [("policy", "none"), ("delta", 0.0)])
+def test_a_target_needs_epochs_that_prune(flag, value, tmp_path, capsys) -> None:
+    words = ("--target-saving", 0.1, f"--{flag}", value, "--out", tmp_path / "x")
+    assert fails(capsys, *words) == (
+        f"target_saving needs epochs that prune, got 0.1 with {flag} {value}"
+    )
+
+
 @pytest.mark.parametrize(
-    ("flags", "ratio", "kept", "says"),
+    ("kwargs", "scored", "asked", "says"),
     [
-        ({}, 0.95, 905, ", each with weight 20, which may ruin the training"),
-        ({"rescale": False}, 0.95, 905, ""),
-        ({"policy": "hard"}, 0.95, 905, ""),
-        ({"policy": "repb"}, 1.0, 901, "; what it could not save falls to later epochs"),
-        ({}, 0.9, 910, None),
-        ({"target_saving": None}, 0.95, 905, None),
+        ({}, 100, 60, None),
+        (
+            {},
+            100,
+            95,
+            "of its 100 prunable ones it leaves out at most 90%, as those kept are weighted: 90",
+        ),
+        ({"rescale": False}, 100, 95, None),
+        ({"rescale": False}, 100, 101, "of its 100 prunable ones it leaves out all but one: 99"),
+        (
+            {"policy": "random"},
+            90,
+            85,
+            "of its 90 prunable ones it leaves out at most 90%, as those kept are weighted: 81",
+        ),
+        ({"policy": "hard"}, 90, 100, "of its 90 prunable ones it leaves out all but one: 89"),
+        ({"policy": "hard"}, 0, 30, "of its 0 prunable ones it leaves out all but one: 0"),
     ],
 )
-def test_a_target_that_leaves_nearly_nothing_is_warned_of(flags, ratio, kept, says) -> None:
-    line = {"epoch": 3, "samples": 1000, "prunable": 100, "ratio": ratio, "kept": kept}
-    settings = Config(**{"target_saving": 0.5, **flags})
-    expected = (
-        f"WARNING: target_saving 0.5 keeps {kept - 900} of the 100 prunable samples in epoch "
-    )
-    warning = train.console.strained(line, settings)
-    assert warning == (None if says is None else f"{expected}3{says}")
+def test_an_epoch_out_of_reach_is_warned_of(kwargs, scored, asked, says) -> None:
+    # Of the three epochs the second and the third can prune: each is asked for half.
+    target = 2 * asked / 600
+    infobatch = InfoBatch(200, 3, delta=1.0, target_saving=target, device="cpu", **kwargs)
+    infobatch.scores[:scored] = 0.5
+    if infobatch.policy == "soft":
+        infobatch.scores[scored:] = 1.5
+    assert train.console.strained(infobatch.sample(0), infobatch) is None
+    warning = train.console.strained(infobatch.sample(1), infobatch)
+    asks = f"WARNING: target_saving {target:g} asks epoch 2 to leave out {asked} samples; "
+    assert warning == (None if says is None else f"{asks}{says}; the rest falls to later epochs")
+    if says is not None:
+        warning = train.console.strained(infobatch.sample(2), infobatch)
+        assert warning is not None
+        assert warning.endswith("; so it is missed")
 
 
 def test_a_schedule_is_told_of(tmp_path, capsys) -> None:
