@@ -8,11 +8,14 @@ which differ in their seeds alone, are a row; what is not done is in none.
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from infobatch_fast.command import command
+import tyro
+
+from infobatch_fast.command import Say, command, parse
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.report_groups import counted, mean
 from infobatch_fast.report_methods import FULL, Method, of_settings
@@ -105,14 +108,29 @@ def _difference(mine: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any
     return f"({text})"
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    """Print the tables; returns the exit code."""
-    paths = [Path(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+@dataclass(frozen=True)
+class Options:
+    """Print the README's table of results, one for each file.
 
-    def run(_: object, say: Any) -> None:
-        if not paths:
-            raise UserError("name at least one results.jsonl, got none")
-        for path in paths:
+    Attributes:
+        files: results.jsonl of bench/reproduce.py.
+    """
+
+    files: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint=""),
+    ] = ()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+
+    def run(_: object, say: Say) -> None:
+        options = parse(Options, words, "python bench/results_table.py", Options())
+        if not options.files:
+            raise UserError("files must name at least one results.jsonl, got none")
+        for path in options.files:
             for line in table(read(path)):
                 say(line)
 

@@ -24,7 +24,7 @@ from infobatch_fast.errors import unknown_name
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.plan import Batch, Plan, check_count, per_sample
-from infobatch_fast.policies import POLICIES, SCORES, Choice, View, soft
+from infobatch_fast.policies import POLICIES, SCORES, Choice, Policy, View, soft
 
 STATE_VERSION = 2
 
@@ -89,6 +89,7 @@ class InfoBatch:
 
     Raises:
         ValueError: an argument is out of range; the message names it.
+        TypeError: the policy's entry in `POLICIES` is no `Policy`.
 
     Example:
         >>> infobatch = InfoBatch(num_samples=8, num_epochs=4, device="cpu")
@@ -126,6 +127,9 @@ class InfoBatch:
         ):
             if value not in known:
                 raise ValueError(unknown_name(argument, value, known))
+        if not isinstance(POLICIES[policy], Policy):
+            kind = type(POLICIES[policy]).__name__
+            raise TypeError(f"POLICIES[{policy!r}] must be a Policy, got {kind}")
         self.num_samples = int(num_samples)
         self.num_epochs = int(num_epochs)
         self.ratio = float(ratio)
@@ -164,7 +168,8 @@ class InfoBatch:
                 n/k is exact either way.
 
         Raises:
-            ValueError: epoch or batch_size is out of range.
+            TypeError, ValueError: epoch or batch_size is out of range, or the policy gave something
+                else than a `Choice` of (N,) tensors.
         """
         epoch = operator.index(epoch)
         if not 0 <= epoch < self.num_epochs:
@@ -235,6 +240,7 @@ class InfoBatch:
             tail = first_full_epoch(self.num_epochs, self.delta)
             last, memory = self._past.last, self._past.memory
             choice = policy.choose(View(scores, epoch, tail, budget, generator, last, memory))
+            self._check_choice(choice)
         positions = scores
         if kernels is not None and choice.priority is None:
             limit = kernels.threshold(scores) if by_scores else None
@@ -258,6 +264,23 @@ class InfoBatch:
         ratio = 1 - budget.kept(n) / n
         return Plan(epoch, self.num_samples, n, indices, weights, ratio), choice.memory
 
+    def _check_choice(self, choice: Choice) -> None:
+        if not isinstance(choice, Choice):
+            kind = type(choice).__name__
+            raise TypeError(f"policy {self.policy} must give a Choice, got {kind}")
+        shape = self.scores.shape
+        for name, dtype in (
+            ("prunable", torch.bool),
+            ("priority", torch.float32),
+            ("weights", torch.float32),
+        ):
+            given = getattr(choice, name)
+            if given is not None and (given.shape != shape or given.dtype != dtype):
+                raise ValueError(
+                    f"{name} of policy {self.policy} must be {dtype} of shape {tuple(shape)}, "
+                    f"got {given.dtype} of shape {tuple(given.shape)}"
+                )
+
     def _keep(self, n: int, target: float, batch_size: int | None) -> int:
         exact = max(1, round(target))
         if batch_size is None:
@@ -279,9 +302,11 @@ class InfoBatch:
             () mean of weight * loss; float64 for float64 losses, float32 otherwise.
 
         Raises:
-            TypeError: the losses are no floating tensor.
+            TypeError: the losses are no floating tensor, or the batch is none.
             ValueError: the losses are not one a sample.
         """
+        if isinstance(batch, Tensor):
+            raise TypeError("batch must be what came with the samples, got a tensor")
         losses = per_sample(losses, batch.indices.numel())
         kernels = triton_kernels(self.scores.device)
         tensors = [tensor.contiguous() for tensor in (losses, batch.weights, batch.indices)]

@@ -71,6 +71,9 @@ def _check(
     std: Sequence[float],
     pad: int,
 ) -> None:
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != CHANNELS:
         raise ValueError(
             f"images must be uint8 of shape (N, H, W, {CHANNELS}), "

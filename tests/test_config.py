@@ -247,3 +247,14 @@ def test_what_resuming_and_evaluating_may_change() -> None:
     synthetic = config.settle(recorded, "synthetic", "cpu")
     with pytest.raises(UserError, match=r"^device must stay cpu on --evaluate"):
         config.of_run("--evaluate x --device cuda".split(), synthetic, "evaluate")
+
+
+def test_settings_that_came_later_are_those_of_older_records() -> None:
+    settings = Config(dataset="cifar10")
+    record = settings.recorded()
+    for name in ("score", "ratio_schedule", "target_saving", "data_fraction"):
+        del record[name]
+    assert config.differences(settings, record) == []
+    changed = Config(dataset="cifar10", score="bls", data_fraction=0.5)
+    assert config.differences(changed, record) == ["data_fraction", "score"]
+    assert config.differences(settings, {**record, "alien": 1}) == ["alien"]

@@ -16,7 +16,7 @@ from scipy import stats
 from infobatch_fast import Batch, InfoBatch, TorchLoader
 from infobatch_fast.infobatch import Plan, first_full_epoch, per_sample
 from infobatch_fast.kernels import reference
-from infobatch_fast.policies import POLICIES
+from infobatch_fast.policies import POLICIES, Choice, Policy
 from infobatch_fast.syncs import host_syncs
 
 
@@ -649,3 +649,32 @@ def test_cuda_agrees_with_brute_force() -> None:
     kept = well[indices]
     weights = np.where(kept, np.float32(n / kept.sum()), np.float32(1))
     np.testing.assert_array_equal(plan.weights.cpu().numpy(), weights)
+
+
+def test_what_is_no_policy_no_choice_and_no_batch_is_told(monkeypatch) -> None:
+    every = lambda view: Choice(view.seen)  # noqa: E731
+    monkeypatch.setitem(POLICIES, "mine", every)
+    with pytest.raises(TypeError, match=r"^POLICIES\['mine'\] must be a Policy, got function$"):
+        make(5, policy="mine")
+    for choose, message in (
+        (lambda view: view.seen, "policy mine must give a Choice, got Tensor"),
+        (
+            lambda view: Choice(view.scores),
+            r"prunable of policy mine must be torch.bool of shape \(5,\), "
+            r"got torch.float32 of shape \(5,\)",
+        ),
+        (
+            lambda view: Choice(view.seen, priority=view.scores[:3]),
+            r"priority of policy mine must be .* got torch.float32 of shape \(3,\)",
+        ),
+        (lambda view: Choice(view.seen, weights=view.scores.double()), "weights of policy mine .*"),
+    ):
+        monkeypatch.setitem(POLICIES, "mine", Policy(choose, "r"))
+        infobatch = make(5, policy="mine")
+        infobatch.scores.fill_(1)
+        with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+            infobatch.sample(1)
+    with pytest.raises(
+        TypeError, match=r"^batch must be what came with the samples, got a tensor$"
+    ):
+        make(5).update(torch.ones(5), torch.arange(5))  # type: ignore[arg-type]

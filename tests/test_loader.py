@@ -493,6 +493,11 @@ def test_a_dropped_loader_frees_its_pipeline_and_its_images():
         ({"std": (1, 0, 1)}, r"^std must hold 3 numbers above 0, got \(1, 0, 1\)$"),
         ({"std": (1, 1)}, r"^std must hold 3 numbers above 0, got \(1, 1\)$"),
         (
+            {"images": np.zeros((4, 6, 8, 3), np.uint8)},
+            r"^images must be a torch tensor, got ndarray$",
+        ),
+        ({"labels": [1, 2, 3, 0]}, r"^labels must be a torch tensor, got list$"),
+        (
             {"images": torch.zeros(4, 6, 8, 3)},
             r"^images must be uint8 of shape \(N, H, W, 3\), "
             r"got torch.float32 of shape \(4, 6, 8, 3\)$",
@@ -519,7 +524,7 @@ def test_a_dropped_loader_frees_its_pipeline_and_its_images():
 def test_wrong_arguments(kind, change, message):
     arguments = {"images": torch.zeros(4, 6, 8, 3, dtype=torch.uint8)}
     arguments |= {"labels": torch.zeros(4, dtype=torch.int64), "batch_size": 2, **CIFAR}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         kind(**(arguments | change))
 
 

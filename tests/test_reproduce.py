@@ -435,6 +435,23 @@ def test_a_run_that_fails_is_survived(tmp_path: Path, trainer, capsys) -> None:
     assert {line["state"] for line in results(tmp_path / "out").values()} == {"done"}
 
 
+def test_a_damaged_checkpoint_of_the_first_run_left_is_survived(
+    whole: Path, tmp_path: Path, trainer, capsys
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    first, other = (next(out.glob(f"*-{name}-s0-*")) for name in ("e8-full", "e8-soft-r0.7"))
+    (first / "summary.json").unlink()
+    (first / "checkpoint.pt").write_bytes(b"damaged" * 99)
+    shutil.rmtree(other)
+    assert call(out) == 1
+    assert trainer.names == [first.name, other.name]
+    lines = {line["name"]: line for line in results(out).values()}
+    assert lines[first.name]["state"] == "failed"
+    assert lines[other.name]["state"] == "done"
+    assert len(trainer.reports) == 1
+
+
 def test_a_mistake_of_the_first_run_stops_all(tmp_path: Path, trainer, capsys) -> None:
     trainer.failing = {"": Ended(2, ["error: max_lr must be lower"])}
     assert call(tmp_path / "out") == 2

@@ -1075,9 +1075,13 @@ def test_no_data(tmp_path, capsys, monkeypatch) -> None:
     assert not (tmp_path / "run").exists()
     message = fails(capsys, "--preset", "quick", "--dataset", "cifar10", *arguments)
     assert "cifar-10" in message
+    message = fails(capsys, "--preset", "quick", *arguments)  # a folder was named
+    assert "cifar-10" in message
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("INFOBATCH_DATA", str(empty))
     small = ["--synthetic-samples", 200, "--epochs", 1, "--loader", "torch"]
-    arguments = [*map(str, arguments), "--preset", "quick", *map(str, small)]
-    assert train.main(arguments) == 0
+    arguments = ["--device", "cpu", "--out", tmp_path / "run", "--preset", "quick", *small]
+    assert train.main([*map(str, arguments)]) == 0
     out = capsys.readouterr().out
     assert out.count("SYNTHETIC") == 2
     for name in ("config.json", "summary.json"):
