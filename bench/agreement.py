@@ -28,7 +28,7 @@ from agreement_resume import measure_resume
 from agreement_steps import Case, measure_steps
 
 from infobatch_fast import record
-from infobatch_fast.command import Interrupted, Say, command, parse
+from infobatch_fast.command import Say, command, parse
 from infobatch_fast.data import (
     DataMissing,
     Dataset,
@@ -152,11 +152,8 @@ def run(arguments: Sequence[str], say: Say) -> bool:
     say(f"{'device':10} {name}: all figures are of it")
     say(f"{'data':10} {data.name} ({data.source}), {len(data.labels):,} images")
     bench = Bench(device, lines, say, options.quick, options.seed)
-    try:
+    with lines.kept_if_stopped():
         _measure(bench, data, scope)
-    except Interrupted as stop:
-        kept = f"{len(lines.lines)} rows are kept in {lines.path}"
-        raise Interrupted(stop.number, f"stopped; {kept}") from None
     lines.finish()
     for line in tables(lines.lines):
         say(line)

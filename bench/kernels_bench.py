@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
@@ -38,7 +37,7 @@ from kernels_timing import Bench, measure_case, proven
 from tqdm import tqdm
 
 from infobatch_fast import measure, record
-from infobatch_fast.command import Interrupted, Say, command, parse
+from infobatch_fast.command import Say, command, parse
 from infobatch_fast.errors import UserError, unknown_name
 from infobatch_fast.measure import Lines
 from infobatch_fast.tables import figures
@@ -115,7 +114,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
         say(warning)
     plot = folder / "kernels_bench.png"
     bare = {"disable": not sys.stdout.isatty(), "file": sys.stdout, "leave": False}
-    try:
+    with lines.kept_if_stopped(lambda: draw(lines.lines, name, plot)):
         with tqdm(**bare, bar_format="{l_bar}{bar}| {elapsed}") as bar:
             bench = Bench(device, lines, say, bar, options.quick, options.seed)
             if device.type == "cuda":
@@ -127,11 +126,6 @@ def run(arguments: Sequence[str], say: Say) -> None:
         for line in tables(lines.lines):
             say(line)
         drawn = draw(lines.lines, name, plot)
-    except Interrupted as stop:
-        with suppress(Interrupted, UserError):  # of a second signal, of a full disk
-            draw(lines.lines, name, plot)
-        kept = f"{len(lines.lines)} rows are kept in {lines.path}"
-        raise Interrupted(stop.number, f"stopped; {kept}") from None
     for line in ["", *warnings, f"All figures are of {name}."]:
         say(line)
     say(f"They are in {lines.path}" + (f" and {plot}" if drawn else ""))

@@ -32,7 +32,6 @@ if __name__ == "__main__":
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated
@@ -45,7 +44,7 @@ from overhead_sides import Setting, Steps, lack_of_memory, least_size, sure_to_k
 from tqdm import tqdm
 
 from infobatch_fast import measure, record
-from infobatch_fast.command import Interrupted, Say, command, is_out_of_memory, parse
+from infobatch_fast.command import Say, command, is_out_of_memory, parse
 from infobatch_fast.errors import UserError, unknown_name
 from infobatch_fast.measure import Lines
 from infobatch_fast.models import MODELS
@@ -153,7 +152,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
         say(warning)
     plot = folder / "overhead.png"
     bare = {"disable": not sys.stdout.isatty(), "file": sys.stdout, "leave": False}
-    try:
+    with lines.kept_if_stopped(lambda: draw(lines.lines, name, plot)):
         with tqdm(**bare, bar_format="{l_bar}{bar}| {elapsed}") as bar:
             bench = Bench(setting, device, lines, say, bar)
             measure_alone(bench)
@@ -162,11 +161,6 @@ def run(arguments: Sequence[str], say: Say) -> None:
         for line in tables(lines.lines):
             say(line)
         drawn = draw(lines.lines, name, plot)
-    except Interrupted as stop:
-        with suppress(Interrupted, UserError):  # of a second signal, of a full disk
-            draw(lines.lines, name, plot)
-        kept = f"{len(lines.lines)} rows are kept in {lines.path}"
-        raise Interrupted(stop.number, f"stopped; {kept}") from None
     for line in ["", *warnings, f"All figures but the reported ones are of {name}."]:
         say(line)
     say(f"They are in {lines.path}" + (f" and {plot}" if drawn else ""))

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ from training_forms import FORMS
 from training_rows import run_training
 
 from infobatch_fast import command, measure, record
-from infobatch_fast.command import Interrupted, Say
+from infobatch_fast.command import Say
 from infobatch_fast.data import (
     DataMissing,
     Dataset,
@@ -226,17 +225,12 @@ def run(arguments: Sequence[str], say: Say) -> None:
     for warning in warnings:
         say(warning)
     plot = folder / "throughput.png"
-    try:
+    with lines.kept_if_stopped(lambda: throughput_report.draw(lines.lines, plot)):
         _measure(Run(data, device, lines, say, options.quick, options.seed), scope, options.ratio)
         lines.finish()
         drawn = throughput_report.draw(lines.lines, plot)
         for line in throughput_tables.summary(lines.lines):
             say(line)
-    except Interrupted as stop:
-        with suppress(Interrupted, UserError):  # of a second signal, of a full disk
-            throughput_report.draw(lines.lines, plot)
-        kept = f"{len(lines.lines)} rows are kept in {path}"
-        raise Interrupted(stop.number, f"stopped; {kept}") from None
     for line in [*warnings, f"These are figures of {where}"]:
         say(line)
     say(f"written    {folder}: throughput.jsonl" + (", throughput.png" if drawn else ""))

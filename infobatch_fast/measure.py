@@ -9,7 +9,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 
 from infobatch_fast import record
 from infobatch_fast.checkpoint import write_atomically
+from infobatch_fast.command import Interrupted
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.tables import figures
 
@@ -273,6 +275,25 @@ class Lines:
     def add_absent(self, part: str, case: Mapping[str, Any], why: str) -> dict[str, Any]:
         """Write a row that has no figures, with the reason in one line."""
         return self._add(part, case, None, {}, None, why)
+
+    @contextmanager
+    def kept_if_stopped(self, draw: Callable[[], object] | None = None) -> Iterator[None]:
+        """Say of a benchmark that a signal stops within the block how many rows it leaves.
+
+        Args:
+            draw: a plot of the rows there are.
+
+        Raises:
+            Interrupted: by the signal.
+        """
+        try:
+            yield
+        except Interrupted as stop:
+            with suppress(Interrupted, UserError):  # of a second signal, of a full disk
+                if draw is not None:
+                    draw()
+            kept = f"{len(self.lines)} rows are kept in {self.path}"
+            raise Interrupted(stop.number, f"stopped; {kept}") from None
 
     def finish(self) -> None:
         """Say of each line that the benchmark ended as it should."""
