@@ -27,9 +27,7 @@ from agreement_loader import measure_loaders
 from agreement_resume import measure_resume
 from agreement_steps import Case, measure_steps
 
-from infobatch_fast import record
-from infobatch_fast.command import Say, command, parse
-from infobatch_fast.data import (
+from infobatch_fast.data.cifar import (
     DataMissing,
     Dataset,
     default_data_dir,
@@ -37,8 +35,10 @@ from infobatch_fast.data import (
     make_synthetic,
 )
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.measure import Lines
-from infobatch_fast.train import find_device
+from infobatch_fast.report.lines import Lines
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Say, command, parse
+from infobatch_fast.train.loop import find_device
 
 DEVICES = ("auto", "cuda", "cpu")
 QUICK_SHARE = 0.1  # of the data set

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infobatch_fast import measure
-from infobatch_fast.command import Say
 from infobatch_fast.errors import UserError, reason
-from infobatch_fast.measure import Lines
-from infobatch_fast.tables import markdown
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.lines import Lines
+from infobatch_fast.report.text import markdown
+from infobatch_fast.train.cli import Say
 
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _COLUMNS = ("samples", "amp")  # of a case: they stand side by side in the tables

@@ -12,10 +12,10 @@ from loader_sides import PAD, TOLERANCE, first
 from overhead_sides import draw_scores
 from torch import Tensor
 
-from infobatch_fast.data import Dataset
+from infobatch_fast.data.cifar import Dataset
+from infobatch_fast.data.loader import Epoch, make_loader
 from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import Batch, InfoBatch, Plan
-from infobatch_fast.loader import Epoch, make_loader
 
 CPU = torch.device("cpu")
 UNIT = 1e-7  # of the differences of normalised values, relative to the larger of 1 and the value

@@ -13,11 +13,12 @@ from agreement_figures import Bench, like_for_like, relative
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from infobatch_fast import checkpoint, config, record
-from infobatch_fast.command import Interrupts
-from infobatch_fast.config import Config
-from infobatch_fast.data import Dataset
-from infobatch_fast.train import train
+from infobatch_fast.data.cifar import Dataset
+from infobatch_fast.train import checkpoint, config
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Interrupts
+from infobatch_fast.train.config import Config
+from infobatch_fast.train.loop import train
 
 PART = "resume"
 STEPS = 10  # of the first epoch, which is full; the second is pruned

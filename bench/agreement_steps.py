@@ -22,13 +22,13 @@ from agreement_figures import Bench, like_for_like
 from torch import Tensor
 from training_forms import MOMENTUM, Form, Trainer, Unavailable, feed, make_epoch
 
-from infobatch_fast.data import Dataset
+from infobatch_fast.data.cifar import Dataset
+from infobatch_fast.data.loader import TorchLoader
 from infobatch_fast.errors import reason
-from infobatch_fast.graph import WARM_UP, GraphStep
-from infobatch_fast.loader import TorchLoader
 from infobatch_fast.plan import Batch
-from infobatch_fast.step import TrainStep
-from infobatch_fast.syncs import chrome_trace, host_syncs
+from infobatch_fast.telemetry.syncs import chrome_trace, host_syncs
+from infobatch_fast.train.graph import WARM_UP, GraphStep
+from infobatch_fast.train.step import TrainStep
 
 PART = "step"
 NUDGED, UNTRAINED = "eager, weights off by a rounding", "eager, learning rate 0"

@@ -36,12 +36,13 @@ from kernels_step import resnet50_params
 from kernels_timing import Bench, measure_case, proven
 from tqdm import tqdm
 
-from infobatch_fast import measure, record
-from infobatch_fast.command import Say, command, parse
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.measure import Lines
-from infobatch_fast.tables import figures
-from infobatch_fast.train import find_device
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.lines import Lines
+from infobatch_fast.report.text import figures
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Say, command, parse
+from infobatch_fast.train.loop import find_device
 
 DEVICES = ("auto", "cuda", "cpu")
 LEAST, MOST = 1000, 2**31  # N: fewer samples are no shuffle that can be told from others

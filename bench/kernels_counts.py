@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.kernels import select
-from infobatch_fast.models import make_model
-from infobatch_fast.step import TrainStep
-from infobatch_fast.telemetry import Phases
+from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train.models import make_model
+from infobatch_fast.train.step import TrainStep
 
 CPU = torch.device("cpu")
 KINDS = ("operations", "foreach", "host_only", "launches")
@@ -245,7 +245,8 @@ def counting_ours() -> Iterator[Callable[[], dict[str, Any]]]:
 
 def main() -> None:
     """The second process: InfoBatch and the step take the kernels, as on a GPU."""
-    from infobatch_fast import infobatch, step
+    from infobatch_fast import infobatch
+    from infobatch_fast.train import step
 
     torch.set_num_threads(1)  # beside the process that counts torch's
     kernels = select.load()

@@ -10,8 +10,8 @@ from kernels_counts import Counts, count_all, counting_ours, total
 from kernels_timing import Bench, said
 from overhead_sides import Contender, Setting, draw_scores
 
-from infobatch_fast import measure
-from infobatch_fast.tables import figures, seconds
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.text import figures, seconds
 
 COUNTED = {  # how; kernels_counts.py says more
     "torch": "TorchDispatchMode",

@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from infobatch_fast import measure
-from infobatch_fast.checkpoint import write_atomically
-from infobatch_fast.tables import figures, markdown, seconds
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.text import figures, markdown, seconds
+from infobatch_fast.train.checkpoint import write_atomically
 
 Line = Mapping[str, Any]
 

@@ -23,9 +23,9 @@ from kernels_work import (
 from torch import Tensor, nn
 
 from infobatch_fast.kernels import reference
-from infobatch_fast.layerwise import LayerWise
-from infobatch_fast.models import make_model
-from infobatch_fast.optim import LAMB, LARS
+from infobatch_fast.train.layerwise import LayerWise
+from infobatch_fast.train.models import make_model
+from infobatch_fast.train.optim import LAMB, LARS
 
 SCORES = 1_280_000  # N
 SMOOTHING = 0.1

@@ -26,7 +26,7 @@ from loader_sides import (
 from torch import Tensor
 from torchvision import transforms
 
-from infobatch_fast.data import Dataset
+from infobatch_fast.data.cifar import Dataset
 
 
 def airbench(setting: Setting) -> Side:

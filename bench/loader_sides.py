@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as pil
 from torchvision.transforms.v2 import functional as v2
 
-from infobatch_fast.augment import augmentation
-from infobatch_fast.data import Dataset
-from infobatch_fast.loader import DaliLoader, TorchLoader, make_loader
+from infobatch_fast.data.augment import augmentation
+from infobatch_fast.data.cifar import Dataset
+from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
 from infobatch_fast.plan import Plan
 
 PAD = 4

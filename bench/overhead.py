@@ -43,12 +43,13 @@ from overhead_report import draw, tables
 from overhead_sides import Setting, Steps, lack_of_memory, least_size, sure_to_keep
 from tqdm import tqdm
 
-from infobatch_fast import measure, record
-from infobatch_fast.command import Say, command, is_out_of_memory, parse
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.measure import Lines
-from infobatch_fast.models import MODELS
-from infobatch_fast.train import find_device
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.lines import Lines
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Say, command, is_out_of_memory, parse
+from infobatch_fast.train.loop import find_device
+from infobatch_fast.train.models import MODELS
 
 DEVICES = ("auto", "cuda", "cpu")
 OUT_OF_MEMORY = "lower --batch-size or --sizes, or take a smaller --model"

@@ -14,11 +14,11 @@ import torch
 from overhead_sides import SIDES, Contender, Setting, Steps, draw_scores
 from tqdm import tqdm
 
-from infobatch_fast import measure
-from infobatch_fast.command import Say
-from infobatch_fast.measure import Lines
-from infobatch_fast.tables import seconds
-from infobatch_fast.telemetry import Nvml, Phases, host_syncs
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.lines import Lines
+from infobatch_fast.report.text import seconds
+from infobatch_fast.telemetry.phases import Nvml, Phases, host_syncs
+from infobatch_fast.train.cli import Say
 
 # Its sign may be another than that of the medians' difference.
 PAIRED = "median of paired differences"

@@ -15,15 +15,15 @@ import torch
 from numpy_pruning import Floats, Indices, NumpyPruning, OriginalPackage, Side, other_work
 from torch import Tensor
 
-from infobatch_fast.command import is_out_of_memory
 from infobatch_fast.errors import reason
 from infobatch_fast.infobatch import Batch, InfoBatch, Plan
 from infobatch_fast.kernels import reference
-from infobatch_fast.models import make_model
-from infobatch_fast.optim import make_optimizer
-from infobatch_fast.step import TrainStep
-from infobatch_fast.tables import figures
-from infobatch_fast.telemetry import Phases
+from infobatch_fast.report.text import figures
+from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train.cli import is_out_of_memory
+from infobatch_fast.train.models import make_model
+from infobatch_fast.train.optim import make_optimizer
+from infobatch_fast.train.step import TrainStep
 
 SIDES = ("device", "numpy", "none", "original")
 # Bytes a sample at the peak of building and choosing. On a CPU 38, 28, 16 and 74 were measured at

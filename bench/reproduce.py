@@ -40,13 +40,14 @@ from reproduce_plan import TABLES, Setting, expected_config, make_plan, make_set
 from reproduce_records import finished
 from reproduce_runs import Runs, plan_lines
 
-from infobatch_fast import record, report
-from infobatch_fast.command import Interrupts, Say, command, complain, parse
-from infobatch_fast.config import DATASETS, DEVICES, PRESETS
-from infobatch_fast.data import DataMissing, default_data_dir, load_cifar
+from infobatch_fast.data.cifar import DataMissing, default_data_dir, load_cifar
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.report_groups import counted
-from infobatch_fast.train import find_device
+from infobatch_fast.report import __main__ as report
+from infobatch_fast.report.groups import counted
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Interrupts, Say, command, complain, parse
+from infobatch_fast.train.config import DATASETS, DEVICES, PRESETS
+from infobatch_fast.train.loop import find_device
 
 TRAIN = (sys.executable, "-m", "infobatch_fast.train")
 OUT_OF_MEMORY = "pass a lower --batch-size to the trainer, after --"

@@ -11,8 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from infobatch_fast.command import Interrupted, Interrupts
 from infobatch_fast.errors import UserError, reason
+from infobatch_fast.train.cli import Interrupted, Interrupts
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 _LOOK = 0.2  # seconds within which a signal is passed on

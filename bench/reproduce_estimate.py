@@ -17,17 +17,18 @@ import torch
 from reproduce_child import run_child
 from reproduce_plan import Planned, Setting
 
-from infobatch_fast import config, measure
-from infobatch_fast.command import Interrupts
-from infobatch_fast.config import Config
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.models import make_model
-from infobatch_fast.optim import make_optimizer
-from infobatch_fast.report_groups import counted, device_of
-from infobatch_fast.report_records import Run
-from infobatch_fast.step import TrainStep
-from infobatch_fast.telemetry import Phases
-from infobatch_fast.train import find_device
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.groups import counted, device_of
+from infobatch_fast.report.records import Run
+from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train import config
+from infobatch_fast.train.cli import Interrupts
+from infobatch_fast.train.config import Config
+from infobatch_fast.train.loop import find_device
+from infobatch_fast.train.models import make_model
+from infobatch_fast.train.optim import make_optimizer
+from infobatch_fast.train.step import TrainStep
 
 CALIBRATION_SECONDS = 6.0
 _STEPS = 3

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from infobatch_fast import config
-from infobatch_fast.config import Config
 from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import first_full_epoch
 from infobatch_fast.policies import POLICIES
+from infobatch_fast.train import config
+from infobatch_fast.train.config import Config
 
 DELTA = Config.delta  # the default is that of the reported runs
 TABLES = ("accuracy", "cost", "ablation", "policies")

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 from reproduce_plan import Planned, Setting, expected_config, settings_words
 
-from infobatch_fast import config, record
-from infobatch_fast.checkpoint import write_atomically
-from infobatch_fast.command import Say
 from infobatch_fast.errors import UserError
-from infobatch_fast.report_read import read
-from infobatch_fast.report_records import Run
+from infobatch_fast.report.read import read
+from infobatch_fast.report.records import Run
+from infobatch_fast.train import config
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.checkpoint import write_atomically
+from infobatch_fast.train.cli import Say
 
 
 class State(NamedTuple):

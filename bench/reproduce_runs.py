@@ -11,10 +11,11 @@ from reproduce_plan import Planned, Setting, Training, command_words, resolve
 from reproduce_records import State, find, saved_share, wait_for, write_results
 from tqdm import tqdm
 
-from infobatch_fast import record, tables
-from infobatch_fast.command import Interrupted, Interrupts, Say
 from infobatch_fast.errors import UserError
-from infobatch_fast.report_groups import counted
+from infobatch_fast.report import text as tables
+from infobatch_fast.report.groups import counted
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Interrupted, Interrupts, Say
 
 _SHOWN = ("epoch ", "WARNING", "resume ", "error: ")  # lines of the trainer's, by their beginning
 _MISTAKE = 2

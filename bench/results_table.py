@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from infobatch_fast.command import Say, command, parse
 from infobatch_fast.errors import UserError, reason
-from infobatch_fast.report_groups import counted, mean
-from infobatch_fast.report_methods import FULL, Method, of_settings
-from infobatch_fast.report_paired import quantile
-from infobatch_fast.tables import markdown
+from infobatch_fast.report.groups import counted, mean
+from infobatch_fast.report.methods import FULL, Method, of_settings
+from infobatch_fast.report.paired import quantile
+from infobatch_fast.report.text import markdown
+from infobatch_fast.train.cli import Say, command, parse
 
 HEADERS = ("training", "samples saved", "accuracy %", "to full data", "to training shorter", "n")
 NONE = "-"

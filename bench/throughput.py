@@ -30,9 +30,7 @@ from throughput_rows import Run, measure_limits, run_loaders
 from training_forms import FORMS
 from training_rows import run_training
 
-from infobatch_fast import command, measure, record
-from infobatch_fast.command import Say
-from infobatch_fast.data import (
+from infobatch_fast.data.cifar import (
     DataMissing,
     Dataset,
     default_data_dir,
@@ -40,8 +38,12 @@ from infobatch_fast.data import (
     make_synthetic,
 )
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.models import MODELS
-from infobatch_fast.train import find_device
+from infobatch_fast.report import lines as measure
+from infobatch_fast.train import cli as command
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Say
+from infobatch_fast.train.loop import find_device
+from infobatch_fast.train.models import MODELS
 
 DEVICES = ("auto", "cuda", "cpu")
 CPU_MODELS = ("small", "r18")  # by default

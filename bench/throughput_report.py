@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from throughput_tables import COPYING
 from training_rows import epoch_name
 
-from infobatch_fast import measure
-from infobatch_fast.checkpoint import write_atomically
-from infobatch_fast.tables import figures
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.text import figures
+from infobatch_fast.train.checkpoint import write_atomically
 
 # Okabe and Ito's, which colour-blind readers tell apart; markers serve those without any colour.
 SIZES = (

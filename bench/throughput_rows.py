@@ -14,12 +14,12 @@ from loader_peers import PEERS, make_sides
 from loader_sides import IMAGE_BYTES, Setting, Side
 from tqdm import tqdm
 
-from infobatch_fast import measure
-from infobatch_fast.command import Say
-from infobatch_fast.data import Dataset
+from infobatch_fast.data.cifar import Dataset
 from infobatch_fast.errors import reason
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.tables import figures
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.text import figures
+from infobatch_fast.train.cli import Say
 
 
 class Limit(NamedTuple):

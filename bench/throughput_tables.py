@@ -5,7 +5,7 @@ from typing import Any
 
 from training_rows import epoch_name
 
-from infobatch_fast.tables import figures, markdown
+from infobatch_fast.report.text import figures, markdown
 
 # Also below the plot, hence in lines.
 COPYING = (

@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from infobatch_fast.data import Dataset
-from infobatch_fast.graph import WARM_UP, GraphStep, obstacle
+from infobatch_fast.data.cifar import Dataset
+from infobatch_fast.data.loader import DaliLoader, TorchLoader
 from infobatch_fast.infobatch import Batch, InfoBatch, Plan
-from infobatch_fast.loader import DaliLoader, TorchLoader
-from infobatch_fast.models import make_model
-from infobatch_fast.optim import make_optimizer
-from infobatch_fast.step import TrainStep
-from infobatch_fast.telemetry import Phases
+from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train.graph import WARM_UP, GraphStep, obstacle
+from infobatch_fast.train.models import make_model
+from infobatch_fast.train.optim import make_optimizer
+from infobatch_fast.train.step import TrainStep
 
 LR, MOMENTUM = 0.01, 0.9
 # Scores are drawn, since a network that was not trained has none: exp of normal numbers, of which

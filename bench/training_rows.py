@@ -10,12 +10,12 @@ from throughput_rows import Limit, Run, dtype_name, in_words, percent, progress
 from training_forms import FORMS, Trainer, Unavailable
 from training_work import Work, work_an_image
 
-from infobatch_fast import measure
-from infobatch_fast.data import Dataset
+from infobatch_fast.data.cifar import Dataset
+from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
 from infobatch_fast.errors import reason
-from infobatch_fast.loader import DaliLoader, TorchLoader, make_loader
-from infobatch_fast.models import make_model
-from infobatch_fast.tables import figures
+from infobatch_fast.report import lines as measure
+from infobatch_fast.report.text import figures
+from infobatch_fast.train.models import make_model
 
 LOADED = 8192  # images of the loader alone, at least: its start is a small part of that
 

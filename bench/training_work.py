@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from infobatch_fast.step import AUTOCAST
+from infobatch_fast.train.step import AUTOCAST
 
 # They move nothing: what they give is a view of their input, or holds no values yet.
 _NOTHING = ("_unsafe_view", "as_strided_", "empty", "empty_like", "empty_strided", "new_empty")

@@ -18,7 +18,7 @@ from infobatch_fast.budget import (
     wave,
 )
 from infobatch_fast.plan import Plan
-from infobatch_fast.syncs import host_syncs
+from infobatch_fast.telemetry.syncs import host_syncs
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 127, 5000, 50_000])

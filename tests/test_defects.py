@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from infobatch_fast import Batch, InfoBatch, TorchLoader
-from infobatch_fast.syncs import host_syncs
+from infobatch_fast.telemetry.syncs import host_syncs
 
 
 def make(n: int = 300, epochs: int = 8, **kwargs) -> InfoBatch:

@@ -17,7 +17,7 @@ from infobatch_fast import Batch, InfoBatch, TorchLoader
 from infobatch_fast.infobatch import Plan, first_full_epoch, per_sample
 from infobatch_fast.kernels import reference
 from infobatch_fast.policies import POLICIES, Choice, Policy
-from infobatch_fast.syncs import host_syncs
+from infobatch_fast.telemetry.syncs import host_syncs
 
 
 def make(n: int, epochs: int = 8, **kwargs) -> InfoBatch:

@@ -14,13 +14,14 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from infobatch_fast import Batch, InfoBatch, config, policies
+from infobatch_fast import Batch, InfoBatch, policies
 from infobatch_fast import infobatch as infobatch_module
 from infobatch_fast.budget import Budget
 from infobatch_fast.kernels import prune_torch, reference
 from infobatch_fast.plan import Plan
 from infobatch_fast.policies import POLICIES, Choice, Policy, View
-from infobatch_fast.syncs import host_syncs
+from infobatch_fast.telemetry.syncs import host_syncs
+from infobatch_fast.train import config
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,123 @@
+"""The training step as CUDA graphs: one launch a step where the eager one has thousands."""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infobatch_fast.errors import reason
+from infobatch_fast.plan import Batch
+from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train.schedule import set_schedule
+from infobatch_fast.train.step import TrainStep
+
+WARM_UP = 3  # eager steps of a size before its capture: they tune, compile and allocate
+MOST = 2  # graphs: of the full batch, and of the one partial batch of full epochs
+QUIET = 0.05  # s for a loader's threads to come to rest
+
+
+class GraphStep:
+    """A training step whose device part is captured once for each batch size and then replayed.
+
+    Steps run eagerly until `capture`, on real batches, so that capturing trains on nothing. The
+    batch is copied into static buffers; learning rate and momentum are written into the tensors
+    that the optimizer holds. A size beyond the first `MOST` to come often stays eager.
+
+    The time of the update is in that of the step: events inside a graph cannot be read.
+
+    Args:
+        step: whose state the graphs work on; see `obstacle`.
+        say: told, once, if a capture fails; every step is eager then, and `failure` says why.
+
+    Raises:
+        ValueError: the step cannot be captured.
+    """
+
+    def __init__(self, step: TrainStep, say: Callable[[str], None]) -> None:
+        why = obstacle(step)
+        if why is not None:
+            raise ValueError(f"step must be one that a CUDA graph can hold: {why}")
+        self.step, self._say = step, say
+        self._device = step.found_inf.device
+        self._untimed = Phases(self._device, enabled=False)
+        self._seen: dict[Any, int] = {}
+        self._static: dict[Any, tuple[Tensor, ...]] = {}
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self.failure: str | None = None
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
+    ) -> None:
+        """Train on one batch; as `TrainStep`'s."""
+        inputs = (images, labels, *batch)
+        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] == WARM_UP and not self.failure and len(self._static) < MOST:
+                self._static[key] = tuple(torch.empty_like(tensor) for tensor in inputs)
+            return self.step(images, labels, batch, lr, momentum)
+        for target, source in zip(self._static[key], inputs, strict=True):
+            target.copy_(source)
+        set_schedule(self.step.optimizer, lr, momentum)
+        graph.replay()
+
+    def capture(self) -> None:
+        """Capture the sizes that have come often enough.
+
+        Call it between epochs, when no loader is at work: DALI's threads wait for the whole device
+        now and then, which a capture forbids, and so does a collected Triton module.
+        """
+        for key, static in self._static.items():
+            if key in self._graphs or self.failure:
+                continue
+            try:
+                self._graphs[key] = self._capture(static)
+            except Exception as error:  # nothing was trained: what is captured does not run
+                self.step.optimizer.zero_grad(set_to_none=True)
+                # Of the capture's end, it says less than what went wrong within.
+                self.failure = reason(error.__context__ or error)
+                self._say(f"WARNING: no CUDA graph, every step runs eagerly: {self.failure}")
+
+    def _capture(self, static: tuple[Tensor, ...]) -> Any:
+        images, labels, indices, weights = static
+        pool = next((graph.pool() for graph in self._graphs.values()), None)
+        with torch.cuda.device(self._device):
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            collecting = gc.isenabled()
+            gc.collect()
+            gc.disable()
+            try:
+                torch.cuda.synchronize()
+                time.sleep(QUIET)
+                with torch.cuda.graph(
+                    graph,
+                    pool=pool,
+                    stream=torch.cuda.Stream(self._device),
+                    capture_error_mode="thread_local",
+                ):
+                    self.step.advance(images, labels, Batch(indices, weights), self._untimed)
+            finally:
+                torch.cuda.set_stream(before)  # torch 2.11 leaves its own where a capture fails
+                if collecting:
+                    gc.enable()
+        return graph
+
+
+def obstacle(step: TrainStep) -> str | None:
+    """Why a step cannot be captured, in words; None if it can.
+
+    Args:
+        step: looked at.
+    """
+    if step.found_inf.device.type != "cuda":
+        return "CUDA graphs need a CUDA device"
+    for group in step.optimizer.param_groups:
+        momentum = group["momentum"] if "momentum" in group else group["betas"][0]
+        if not isinstance(group["lr"], Tensor) or not isinstance(momentum, Tensor):
+            name = type(step.optimizer).__name__
+            return f"{name} holds its learning rate or momentum as a number, which a graph freezes"
+    return None

@@ -1,0 +1,286 @@
+"""One training step: autocast, loss, backward, optimizer, update; the host never waits in it.
+
+A step whose gradients are not all finite changes nothing: no parameter, buffer, optimizer state or
+score. That is decided on the device (`found_inf`, as torch's fused optimizers have it), counted
+there, and read at the epoch's end.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infobatch_fast.errors import reason
+from infobatch_fast.infobatch import Batch, InfoBatch
+from infobatch_fast.kernels import reference
+from infobatch_fast.kernels.select import triton_kernels
+from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train.layerwise import LayerWise
+from infobatch_fast.train.optim import nonfinite
+from infobatch_fast.train.schedule import set_schedule
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INITIAL_SCALE = 2.0**16
+
+
+class Counts(NamedTuple):
+    """What the device counted since the epoch's start, and the skipped steps in a row.
+
+    Attributes:
+        loss: sum of weight * loss over the sum of weights, of the steps taken; NaN if none was.
+        skipped: steps of the epoch that changed nothing.
+        longest: longest row of such steps so far, which may have begun in an earlier epoch.
+    """
+
+    loss: float
+    skipped: int
+    longest: int
+
+
+class TrainStep:
+    """The training step and the device state that belongs to it.
+
+    Args:
+        model: in training mode, on its device, channels_last.
+        optimizer: one of `optim.make_optimizer`.
+        infobatch: takes the scores; None trains on the plain mean of the losses, without any.
+        amp: bf16, fp16 (with loss scaling) or off.
+        label_smoothing: in [0, 1).
+        compile: torch.compile the model; each batch size is then compiled once.
+        phases: the time of scoring and rescaling is counted there as "update".
+        say: told if the model cannot be compiled, which then runs as it is; None raises instead.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        infobatch: InfoBatch | None,
+        *,
+        amp: str,
+        label_smoothing: float,
+        compile: bool,
+        phases: Phases,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._say = say
+        self.model, self.optimizer, self.infobatch = model, optimizer, infobatch
+        self.label_smoothing, self.phases = label_smoothing, phases
+        self.forward: Any = torch.compile(model, dynamic=False) if compile else model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        device = self.parameters[0].device
+        self.autocast = torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off")
+        self.buffers = _Guard(model.buffers())
+        # Proven here, not in the first step, which may be timed or forbid host syncs.
+        self.by_kernels = triton_kernels(device) is not None
+        self.scaling = amp == "fp16"
+        self.scale = torch.full((), INITIAL_SCALE if self.scaling else 1.0, device=device)
+        self.growth = torch.zeros((), dtype=torch.int32, device=device)
+        self.found_inf = torch.zeros((), device=device)
+        # float64: sum of weight * loss, sum of weights, skipped, skipped in a row, longest row
+        self.counts = torch.zeros(5, dtype=torch.float64, device=device)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
+    ) -> None:
+        """Train on one batch.
+
+        Args:
+            images: (B, C, H, W) float32, channels_last.
+            labels: (B,) int64.
+            batch: the samples' indices and weights.
+            lr: learning rate of this step.
+            momentum: momentum (beta1 of adam and lamb) of this step.
+        """
+        set_schedule(self.optimizer, lr, momentum)
+        self.advance(images, labels, batch, self.phases)
+
+    def advance(self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases) -> None:
+        """The device's part of a step, at the learning rate and momentum that are set.
+
+        Args:
+            images: as in the call.
+            labels: the same.
+            batch: the same.
+            phases: of scoring and rescaling; not enabled where a CUDA graph is captured.
+        """
+        loss, losses = self._gradients(images, labels, batch, phases)
+
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = self.found_inf
+        if isinstance(optimizer, LayerWise):  # it marks them as it reads them for their norms
+            optimizer.finds_inf = True
+            optimizer.grad_scale = self.scale if self.scaling else None
+        else:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            nonfinite(gradients, self.found_inf, self.scale.reciprocal())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.keep_or_restore(self.found_inf)
+        if self.scaling:
+            torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
+        weight: float | Tensor = labels.numel()
+        if self.infobatch is not None:
+            with phases("update"):
+                self.infobatch.record(losses, batch, self.found_inf)
+                weight = batch.weights.sum(dtype=torch.float64)
+        self._count(loss, labels.numel(), weight)
+
+    def _gradients(
+        self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward; without the compiler from the step on in which it fails."""
+        try:
+            return self._forward_backward(images, labels, batch, phases)
+        except RuntimeError as error:  # at a first call: the backward is compiled at its own
+            _raise_lack_of_memory(error)
+            if self._say is None or self.forward is self.model or not _of_compiler(error):
+                raise
+            self._say(f"WARNING: the network is not compiled: {reason(error)}")
+        # Not within the except: what the failed pass stored for its backward is free by now.
+        self.forward = self.model
+        self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.restore()
+        return self._forward_backward(images, labels, batch, phases)
+
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases
+    ) -> tuple[Tensor, Tensor]:
+        with self.autocast:
+            logits = self.forward(images)
+        return self._backward(logits, labels, batch, phases)
+
+    def _backward(
+        self, logits: Tensor, labels: Tensor, batch: Batch, phases: Phases
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the loss times the scale; the loss () and the losses (B,), detached."""
+        kernels = triton_kernels(logits.device)
+        if kernels is not None and logits.shape[1] <= kernels.max_classes:
+            plain = self.infobatch is None
+            # One launch, or two where classes are many, in the place of a dozen.
+            loss, losses, gradient = kernels.cross_entropy_gradient(
+                logits,
+                labels,
+                torch.ones_like(batch.weights) if plain else batch.weights,
+                label_smoothing=self.label_smoothing,
+                scale=self.scale if self.scaling else None,
+            )
+            logits.backward(gradient)
+            return loss, losses
+        losses = F.cross_entropy(
+            logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
+        )
+        with phases("update"):
+            if self.infobatch is None:
+                loss = losses.mean()
+            else:
+                loss = reference.rescaled_mean(losses, batch.weights)
+        (loss * self.scale if self.scaling else loss).backward()
+        return loss.detach(), losses.detach()
+
+    @torch.no_grad()
+    def _count(self, loss: Tensor, size: int, weight: float | Tensor) -> None:
+        skipped = self.found_inf.double()
+        taken = 1 - skipped
+        total = (loss.double() * size).masked_fill(skipped != 0, 0.0)
+        row = (self.counts[3] + 1) * skipped
+        self.counts.copy_(
+            torch.stack(
+                [
+                    self.counts[0] + total,
+                    self.counts[1] + weight * taken,
+                    self.counts[2] + skipped,
+                    row,
+                    torch.maximum(self.counts[4], row),
+                ]
+            )
+        )
+
+    def begin_epoch(self) -> None:
+        """Count anew, but for the skipped steps in a row."""
+        self.counts[:3].zero_()
+
+    def read_counts(self) -> Counts:
+        """What was counted since `begin_epoch`; the host waits for the epoch's steps."""
+        total, weight, skipped, _, longest = self.counts.tolist()
+        return Counts(total / weight if weight else math.nan, int(skipped), int(longest))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, optimizer, scores, loss scale and counters, for a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "infobatch": self.infobatch.state_dict() if self.infobatch is not None else None,
+            "scale": self.scale,
+            "growth": self.growth,
+            "counts": self.counts,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state of `state_dict()`.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: it is of another model or shape.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.infobatch is not None:
+            self.infobatch.load_state_dict(state["infobatch"])
+        for name in ("scale", "growth", "counts"):
+            getattr(self, name).copy_(state[name])
+        self.buffers.keep()
+
+
+class _Guard:
+    """The model's buffers as they were before the step, to go back to without asking the host."""
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in buffers:
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self.groups = []
+        for group in by_dtype.values():
+            good = torch.cat([buffer.reshape(-1) for buffer in group])
+            sizes = [buffer.numel() for buffer in group]
+            now = torch.empty_like(good)
+            views = _split(good, group, sizes), _split(now, group, sizes)
+            self.groups.append((group, good, now, *views))
+
+    def keep(self) -> None:
+        """Take the buffers as they are for good ones."""
+        for buffers, _, _, good_views, _ in self.groups:
+            torch._foreach_copy_(good_views, buffers)
+
+    def restore(self) -> None:
+        """Put the last good ones back."""
+        for buffers, _, _, good_views, _ in self.groups:
+            torch._foreach_copy_(buffers, good_views)
+
+    @torch.no_grad()
+    def keep_or_restore(self, found_inf: Tensor) -> None:
+        """Keep the buffers where found_inf is 0, put the last good ones back where it is not."""
+        for buffers, good, now, good_views, now_views in self.groups:
+            torch._foreach_copy_(now_views, buffers)
+            torch.where(found_inf == 0, now, good, out=good)
+            torch._foreach_copy_(buffers, good_views)
+
+
+def _raise_lack_of_memory(error: RuntimeError) -> None:
+    """Raise the one that torch.compile wrapped: it is no failure of the compiler's."""
+    cause = getattr(error, "inner_exception", None)
+    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+        raise cause from error
+
+
+def _of_compiler(error: RuntimeError) -> bool:
+    """Whether it is torch.compile's, whichever pass it is raised in."""
+    from torch._dynamo.exc import TorchDynamoException  # a second to import
+
+    return isinstance(error, TorchDynamoException)
+
+
+def _split(flat: Tensor, like: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    return [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), like, strict=True)]

@@ -1,0 +1,82 @@
+"""The augmentation against big integers, and as random numbers."""
+
+import hashlib
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from infobatch_fast.data.augment import augmentation
+
+
+def reference_augmentation(seed, epoch, position, pad):
+    """The same generator in Python's integers."""
+    mask = 2**64 - 1
+    key = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
+    bits = (int.from_bytes(key, "little") + position * 0x9E3779B97F4A7C15) & mask
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & mask
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & mask
+    bits ^= bits >> 31
+    room = 2 * pad + 1
+    return (bits >> 40) * room >> 24, (bits >> 16 & 0xFFFFFF) * room >> 24, bool(bits & 1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63, 12345678901234567890123])
+@pytest.mark.parametrize(("epoch", "start", "pad"), [(0, 0, 4), (199, 49_990, 4), (3, 2**40, 15)])
+def test_augmentation_equals_big_integers(seed, epoch, start, pad):
+    y, x, flip = augmentation(seed, epoch, start, start + 50, pad, "cpu")
+    expected = [reference_augmentation(seed, epoch, start + i, pad) for i in range(50)]
+    assert list(zip(y.tolist(), x.tolist(), flip.tolist(), strict=True)) == expected
+
+
+def test_augmentation_does_not_depend_on_where_it_starts():
+    whole = augmentation(5, 2, 0, 1000, 4, "cpu")
+    parts = [augmentation(5, 2, start, start + 100, 4, "cpu") for start in range(0, 1000, 100)]
+    for i, values in enumerate(whole):
+        assert torch.equal(values, torch.cat([part[i] for part in parts]))
+    assert [values.numel() for values in augmentation(5, 2, 7, 7, 4, "cpu")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_augmentation_is_uniform(seed):
+    y, x, flip = augmentation(seed, seed % 3, 0, 162 * 1000, 4, "cpu")
+    cells = torch.bincount((y * 9 + x) * 2 + flip, minlength=162)
+    assert len(cells) == 162
+    assert chisquare(cells.numpy()).pvalue > 1e-4
+
+
+def test_augmentation_is_uniform_over_seeds_and_epochs():
+    draws = {
+        "seeds": [reference_augmentation(i, 0, 0, 4) for i in range(40_000)],
+        "epochs": [reference_augmentation(0, i, 17, 4) for i in range(40_000)],
+    }
+    for values in draws.values():
+        counts = Counter(values)
+        assert len(counts) == 162
+        assert chisquare(list(counts.values())).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("step", ["position", "epoch", "seed"])
+def test_neighbouring_augmentations_are_independent(step):
+    count = 100_000
+    here = augmentation(3, 5, 0, count, 4, "cpu")
+    there = {
+        "position": augmentation(3, 5, 1, count + 1, 4, "cpu"),
+        "epoch": augmentation(3, 6, 0, count, 4, "cpu"),
+        "seed": augmentation(4, 5, 0, count, 4, "cpu"),
+    }[step]
+    for a, b in product(here, there):
+        sides = [9 if values.dtype == torch.int64 else 2 for values in (a, b)]
+        cells = torch.bincount(a.long() * sides[1] + b.long(), minlength=sides[0] * sides[1])
+        assert chisquare(cells.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.gpu
+def test_cuda_draws_the_augmentation_of_the_cpu():
+    for seed, start in ((0, 0), (-7, 49_000), (2**70, 2**40)):
+        on_cpu = augmentation(seed, 3, start, start + 100_000, 4, "cpu")
+        on_cuda = augmentation(seed, 3, start, start + 100_000, 4, "cuda")
+        for a, b in zip(on_cpu, on_cuda, strict=True):
+            assert torch.equal(a, b.cpu())
