@@ -1,0 +1,205 @@
+"""The files of a run's folder: their names, and what a line of each holds; needs no torch."""
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from infobatch_fast.errors import UserError
+
+CONFIG = "config.json"
+EPOCHS = "epochs.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "model.pt"
+RESULTS = "results.jsonl"  # beside the folders of many runs: a line a run
+
+RecordT = TypeVar("RecordT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochLine:
+    """A line of epochs.jsonl. None is "not measured"; what has a default older records lack.
+
+    Seconds and joules: `seconds` is all of the epoch's wall time, and the five after it are parts
+    of it that do not overlap; `joules` likewise is of all.
+
+    Attributes:
+        epoch: from 1.
+        kept: samples trained on, K.
+        prunable: samples that the policy allowed to be left out, n.
+        loss: mean of weight * loss over the steps taken; None where none was, or it is not finite.
+        lr: learning rate of the last step.
+        accuracy: share of the test set, in [0, 1]; None where it was not evaluated.
+        images_per_second: kept over the seconds of training and pruning; None where start-up left
+            no step to time.
+        skipped_steps: steps that changed nothing, their gradients not being finite.
+        train_seconds: of training, without pruning and start-up.
+        pruning_seconds: of choosing, and of the update where it is timed apart from the step.
+        startup_seconds: of compiling, capturing and tuning, which is no training.
+        ratio: share of the prunable samples to be left out, before rounding.
+        expected_saving: share of all samples to be left out, by the policy's formula.
+        host_syncs: of the epoch, where they were counted.
+        phases: seconds by phase.
+        score_histogram: from `telemetry.phases.score_histogram`.
+    """
+
+    epoch: int
+    kept: int
+    prunable: int
+    loss: float | None
+    lr: float
+    accuracy: float | None
+    images_per_second: float | None
+    skipped_steps: int
+    train_seconds: float
+    pruning_seconds: float | None
+    evaluation_seconds: float
+    checkpoint_seconds: float
+    startup_seconds: float = 0.0
+    seconds: float | None = None
+    ratio: float | None = None
+    expected_saving: float | None = None
+    joules: float | None = None
+    train_joules: float | None = None
+    host_syncs: int | None = None
+    phases: dict[str, float] | None = None
+    score_histogram: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """config.json: what was asked for, of what data, by which sources, on which device.
+
+    Attributes:
+        config: the settings by name.
+        data: published, files or synthetic; genuine in older records.
+        samples: train and test, how many.
+        classes: names by label.
+        device: from `train.folder.describe`.
+    """
+
+    config: dict[str, Any]
+    data: str
+    version: str
+    commit: str | None
+    source_hash: str
+    python: str
+    packages: dict[str, str | None]
+    device: dict[str, Any]
+    samples: dict[str, int] = field(default_factory=dict)
+    classes: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """summary.json: the results of a finished run; sums are over all of its sessions.
+
+    Attributes:
+        accuracy_last: after the last epoch, share of the test set in [0, 1].
+        accuracy_best: of the best epoch, which was picked on the test set.
+        saved_share: samples not trained on over those of as many full epochs.
+        epoch_seconds: median of training and pruning over the epochs without start-up; None where
+            there is none.
+        compiled: whether the network ran compiled; captured, its full steps as CUDA graphs;
+            by_kernels, Triton kernels in the place of torch's operations; loader, the class.
+        nvml: what the card said, of the epochs since `since_epoch`.
+        peak_memory_bytes: of the device, or of the process on a CPU.
+    """
+
+    accuracy_last: float
+    accuracy_best: float
+    accuracy_best_epoch: int
+    loss_last: float | None
+    epochs: int
+    samples_trained: int
+    samples_saved: int
+    saved_share: float
+    images_per_second: float | None
+    skipped_steps: int
+    train_seconds: float
+    pruning_seconds: float | None
+    evaluation_seconds: float
+    checkpoint_seconds: float
+    peak_memory_bytes: int
+    data: str
+    startup_seconds: float = 0.0
+    epoch_seconds: float | None = None
+    seconds: float | None = None
+    expected_saving: float | None = None
+    target_saving: float | None = None
+    phases: dict[str, float] | None = None
+    update_timed: bool = True
+    host_syncs: int | None = None
+    joules: float | None = None
+    train_joules: float | None = None
+    joules_per_image: float | None = None
+    joules_saved: float | None = None
+    nvml: dict[str, Any] = field(default_factory=dict)
+    compiled: bool | None = None
+    captured: bool | None = None
+    by_kernels: bool | None = None
+    loader: str | None = None
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A record as the object that `parse` reads."""
+    return asdict(record)
+
+
+def read_object(text: str, where: str) -> dict[str, Any]:
+    """One JSON object, of finite numbers.
+
+    Raises:
+        UserError: the text is none; the message begins with `where`.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is no JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is no JSON object: it holds a {type(value).__name__}")
+    return value
+
+
+def parse(kind: type[RecordT], value: Mapping[str, Any], where: str) -> RecordT:
+    """A record from its JSON object; names that it does not know are left out.
+
+    Raises:
+        UserError: a value is missing or of another type; the message begins with `where`.
+    """
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind)
+    names = {each.name for each in fields(kind)} & value.keys()
+    for name in names:
+        if not _fits(value[name], hints[name]):
+            expected = getattr(hints[name], "__name__", hints[name])
+            if get_args(hints[name]):
+                expected = hints[name]
+            raise UserError(f"{where}: {name} must be {expected}, got {value[name]!r:.80}")
+    try:
+        return kind(**{name: value[name] for name in names})
+    except TypeError as error:  # it says which are missing
+        raise UserError(f"{where}: {str(error).split('() ')[-1]}") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
