@@ -26,6 +26,7 @@ from agreement_figures import Bench, tables
 from agreement_loader import measure_loaders
 from agreement_resume import measure_resume
 from agreement_steps import Case, measure_steps
+from harness import Lines
 
 from infobatch_fast.data.cifar import (
     DataMissing,
@@ -35,7 +36,6 @@ from infobatch_fast.data.cifar import (
     make_synthetic,
 )
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.report.lines import Lines
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Say, command, parse
 from infobatch_fast.train.loop import find_device

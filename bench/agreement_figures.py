@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import harness as measure
 import torch
+from harness import Lines
 from torch import Tensor
 
 from infobatch_fast.errors import UserError, reason
-from infobatch_fast.report import lines as measure
-from infobatch_fast.report.lines import Lines
 from infobatch_fast.report.text import markdown
 from infobatch_fast.train.cli import Say
 

@@ -27,8 +27,10 @@ from datetime import datetime
 from functools import cache
 from typing import Annotated
 
+import harness as measure
 import torch
 import tyro
+from harness import Lines
 from kernels_cases import launch_case, make_cases
 from kernels_host import measure_choosing, record_counts
 from kernels_report import draw, tables
@@ -37,8 +39,6 @@ from kernels_timing import Bench, measure_case, proven
 from tqdm import tqdm
 
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.report import lines as measure
-from infobatch_fast.report.lines import Lines
 from infobatch_fast.report.text import figures
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Say, command, parse

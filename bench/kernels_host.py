@@ -5,12 +5,12 @@ from functools import cache, partial
 from statistics import median
 from typing import Any
 
+import harness as measure
 import torch
 from kernels_counts import Counts, count_all, counting_ours, total
 from kernels_timing import Bench, said
 from overhead_sides import Contender, Setting, draw_scores
 
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.text import figures, seconds
 
 COUNTED = {  # how; kernels_counts.py says more

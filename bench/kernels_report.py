@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness as measure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.text import figures, markdown, seconds
 from infobatch_fast.train.checkpoint import write_atomically
 

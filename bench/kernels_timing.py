@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import harness as measure
 import torch
+from harness import Lines
 from kernels_work import COPIED_BYTES, Call, Case, GetKernels, Work
 from tqdm import tqdm
 
 from infobatch_fast.errors import reason
 from infobatch_fast.kernels import select
 from infobatch_fast.kernels.select import Kernels
-from infobatch_fast.report import lines as measure
-from infobatch_fast.report.lines import Lines
 from infobatch_fast.report.text import figures, seconds
 from infobatch_fast.train.cli import Say, is_out_of_memory
 

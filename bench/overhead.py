@@ -36,16 +36,16 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated
 
+import harness as measure
 import torch
 import tyro
+from harness import Lines
 from overhead_parts import Bench, measure_alone, measure_epoch, measure_steps, measure_telemetry
 from overhead_report import draw, tables
 from overhead_sides import Setting, Steps, lack_of_memory, least_size, sure_to_keep
 from tqdm import tqdm
 
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.report import lines as measure
-from infobatch_fast.report.lines import Lines
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Say, command, is_out_of_memory, parse
 from infobatch_fast.train.loop import find_device

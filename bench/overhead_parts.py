@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import harness as measure
 import torch
+from harness import Lines
 from overhead_sides import SIDES, Contender, Setting, Steps, draw_scores
 from tqdm import tqdm
 
-from infobatch_fast.report import lines as measure
-from infobatch_fast.report.lines import Lines
 from infobatch_fast.report.text import seconds
 from infobatch_fast.telemetry.phases import Nvml, Phases, host_syncs
 from infobatch_fast.train.cli import Say

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness as measure
 from matplotlib.figure import Figure
 from overhead_parts import PAIRED, find
 from overhead_sides import SIDES
 
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.text import figures, markdown, seconds
 from infobatch_fast.train.checkpoint import write_atomically
 

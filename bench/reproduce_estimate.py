@@ -13,12 +13,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import harness as measure
 import torch
 from reproduce_child import run_child
 from reproduce_plan import Planned, Setting
 
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.groups import counted, device_of
 from infobatch_fast.report.records import Run
 from infobatch_fast.telemetry.phases import Phases

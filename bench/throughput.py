@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
+import harness as measure
 import throughput_report
 import throughput_tables
 import torch
@@ -38,7 +39,6 @@ from infobatch_fast.data.cifar import (
     make_synthetic,
 )
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.report import lines as measure
 from infobatch_fast.train import cli as command
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Say

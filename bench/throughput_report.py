@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness as measure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from throughput_tables import COPYING
 from training_rows import epoch_name
 
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.text import figures
 from infobatch_fast.train.checkpoint import write_atomically
 

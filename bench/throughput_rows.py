@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import harness as measure
 import loader_sides
 import torch
 from loader_peers import PEERS, make_sides
@@ -17,7 +18,6 @@ from tqdm import tqdm
 from infobatch_fast.data.cifar import Dataset
 from infobatch_fast.errors import reason
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.text import figures
 from infobatch_fast.train.cli import Say
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+import harness as measure
 import torch
 import training_forms
 from loader_sides import IMAGE_BYTES
@@ -13,7 +14,6 @@ from training_work import Work, work_an_image
 from infobatch_fast.data.cifar import Dataset
 from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
 from infobatch_fast.errors import reason
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.text import figures
 from infobatch_fast.train.models import make_model
 

@@ -14,6 +14,7 @@ import agreement_figures
 import agreement_loader
 import agreement_resume
 import agreement_steps
+import harness as measure
 import pytest
 import torch
 import training_forms
@@ -31,7 +32,6 @@ from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import Batch, InfoBatch
 from infobatch_fast.kernels import prune_torch, reference
 from infobatch_fast.kernels.select import Kernels
-from infobatch_fast.report import lines as measure
 from infobatch_fast.train.cli import Interrupted
 
 CPU = torch.device("cpu")

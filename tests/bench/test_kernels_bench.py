@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import harness as measure
 import kernels_bench
 import kernels_host
 import kernels_timing
 import pytest
 import torch
+from harness import Lines
 from kernels_cases import make_cases
 from kernels_checks import (
     Mismatch,
@@ -34,8 +36,6 @@ from kernels_work import COPIED_BYTES, Case, Work, bytes_moved, compiled, copies
 from torch import Tensor
 from tqdm import tqdm
 
-from infobatch_fast.report import lines as measure
-from infobatch_fast.report.lines import Lines
 from infobatch_fast.train.cli import Interrupted
 
 CPU = torch.device("cpu")

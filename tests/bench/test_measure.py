@@ -6,12 +6,12 @@ import os
 import statistics
 from pathlib import Path
 
+import harness as measure
 import numpy as np
 import pytest
 import torch
 
 from infobatch_fast.errors import UserError
-from infobatch_fast.report import lines as measure
 from infobatch_fast.train.folder import source_hash
 
 CPU = torch.device("cpu")

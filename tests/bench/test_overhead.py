@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import harness as measure
 import numpy as np
 import overhead
 import overhead_parts
@@ -26,7 +27,6 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from tqdm import tqdm
 
 from infobatch_fast.errors import UserError
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report.text import seconds as tabled
 from infobatch_fast.telemetry.phases import Phases
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import harness as measure
 import loader_peers
 import loader_sides
 import numpy as np
@@ -33,7 +34,6 @@ from infobatch_fast.data.cifar import Dataset, make_synthetic
 from infobatch_fast.data.loader import TorchLoader
 from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.report import lines as measure
 from infobatch_fast.train import graph
 from infobatch_fast.train.cli import Interrupted
 from infobatch_fast.train.models import make_model

@@ -5,9 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import harness as measure
 import numpy as np
-
-from infobatch_fast.report import lines as measure
 
 SOURCE, OTHER_SOURCE = "5a" * 32, "c3" * 32
 CPU = {"type": "cpu", "name": "Test CPU", "threads": 1}

@@ -3,10 +3,10 @@
 import json
 import os
 
+import harness as measure
 import pytest
 from report_made import CPU, SOURCE, write_lines, write_run
 
-from infobatch_fast.report import lines as measure
 from infobatch_fast.report import rules
 from infobatch_fast.report.groups import state_of
 from infobatch_fast.report.read import read
