@@ -19,8 +19,8 @@ from infobatch_fast.report import lines as schema
 from infobatch_fast.report.lines import Line
 from infobatch_fast.report.text import figures
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.checkpoint import write_atomically
 from infobatch_fast.train.cli import Interrupted
+from infobatch_fast.train.records import write_atomically
 
 LINE = tuple(field.name for field in fields(Line))
 

@@ -12,7 +12,7 @@ from overhead_parts import PAIRED, find
 from overhead_sides import SIDES
 
 from infobatch_fast.report.text import figures, markdown, seconds
-from infobatch_fast.train.checkpoint import write_atomically
+from infobatch_fast.train.records import write_atomically
 
 # One A100, CIFAR-10, ResNet-50, r = 0.5, 200 epochs (arXiv:2303.04947): s of overhead an epoch, and
 # the epoch without pruning and with.

@@ -15,8 +15,8 @@ from infobatch_fast.report.read import read
 from infobatch_fast.report.records import Run
 from infobatch_fast.train import config
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.checkpoint import write_atomically
 from infobatch_fast.train.cli import Say
+from infobatch_fast.train.records import write_atomically
 
 
 class State(NamedTuple):

@@ -13,7 +13,7 @@ from throughput_tables import COPYING
 from training_rows import epoch_name
 
 from infobatch_fast.report.text import figures
-from infobatch_fast.train.checkpoint import write_atomically
+from infobatch_fast.train.records import write_atomically
 
 # Okabe and Ito's, which colour-blind readers tell apart; markers serve those without any colour.
 SIZES = (

@@ -26,7 +26,7 @@ from infobatch_fast.report.samples import samples
 from infobatch_fast.report.tables import experiment, notes, run_tables
 from infobatch_fast.train import cli as command
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.checkpoint import write_atomically
+from infobatch_fast.train.records import write_atomically
 
 TITLE = "InfoBatch: experiments and benchmarks"
 NAMES = ("report.md", "report.html")

@@ -1,49 +1,16 @@
 """Checkpoints that are whole or not there: atomic save, verified load."""
 
 import io
-import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from infobatch_fast.errors import UserError
+from infobatch_fast.train.records import write_atomically
 
 VERSION = 1
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, whatever is killed when.
-
-    Args:
-        path: its folder must exist.
-        content: the whole file.
-
-    Raises:
-        UserError: the disk is full, read-only or failing; the old file is still there.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of a write that was killed
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        # The rename itself is on disk only when the folder is.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:  # a signal, too
-        with suppress(OSError):  # a disk that is read-only by now
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-        raise
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 import infobatch_fast
 from infobatch_fast.errors import UserError
 from infobatch_fast.telemetry import nvml
-from infobatch_fast.train.checkpoint import write_atomically
+from infobatch_fast.train.records import write_atomically
 
 CONFIG = "config.json"
 EPOCHS = "epochs.jsonl"

@@ -1,9 +1,12 @@
 """The files of a run's folder: their names, and what a line of each holds; needs no torch."""
 
 import json
+import os
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from infobatch_fast.errors import UserError
@@ -141,6 +144,38 @@ class Summary:
     captured: bool | None = None
     by_kernels: bool | None = None
     loader: str | None = None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, whatever is killed when.
+
+    Args:
+        path: its folder must exist.
+        content: the whole file.
+
+    Raises:
+        UserError: the disk is full, read-only or failing; the old file is still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # of a write that was killed
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        # The rename itself is on disk only when the folder is.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:  # a signal, too
+        with suppress(OSError):  # a disk that is read-only by now
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise
 
 
 def to_json(record: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.plan import Plan
-from infobatch_fast.train.checkpoint import write_atomically
+from infobatch_fast.train.records import write_atomically
 
 TRACKED = 1024  # samples whose scores are kept for each epoch: 4 kB an epoch
 PICTURED = 48  # samples whose images are kept, half of them the least kept ones
