@@ -1,10 +1,19 @@
 """Shared by the tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 # The tensors here are small: a second thread gains nothing, and stalls where cores are shared.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # On a card with TF32 torch's compiler advises it, and looks it up in a way torch 2.9 to 2.11
+    # warn of, as they do of `allow_tf32` below.
+    for start in ("TensorFloat32 tensor cores", "Please use the new API settings to control TF32"):
+        config.addinivalue_line("filterwarnings", f"ignore:{start}:UserWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,3 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def cudnn_as_before() -> Iterator[None]:
+    """The trainer has cuDNN tune; what a test sets must not decide how the next one computes."""
+    cudnn = torch.backends.cudnn
+    names = ("benchmark", "deterministic", "allow_tf32")
+    before = {name: getattr(cudnn, name) for name in names}
+    yield
+    for name, value in before.items():
+        setattr(cudnn, name, value)

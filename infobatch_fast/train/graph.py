@@ -12,9 +12,8 @@ from infobatch_fast.errors import reason
 from infobatch_fast.plan import Batch
 from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.train.schedule import set_schedule
-from infobatch_fast.train.step import TrainStep
+from infobatch_fast.train.step import WARM_UP, TrainStep
 
-WARM_UP = 3  # eager steps of a size before its capture: they tune, compile and allocate
 MOST = 2  # graphs: of the full batch, and of the one partial batch of full epochs
 QUIET = 0.05  # s for a loader's threads to come to rest
 
@@ -30,36 +29,46 @@ class GraphStep:
 
     Args:
         step: whose state the graphs work on; see `obstacle`.
-        say: told, once, if a capture fails; every step is eager then, and `failure` says why.
+        say: told, once, if a capture fails; every step is eager then. None raises instead.
 
     Raises:
         ValueError: the step cannot be captured.
     """
 
-    def __init__(self, step: TrainStep, say: Callable[[str], None]) -> None:
+    def __init__(self, step: TrainStep, say: Callable[[str], None] | None = None) -> None:
         why = obstacle(step)
         if why is not None:
             raise ValueError(f"step must be one that a CUDA graph can hold: {why}")
         self.step, self._say = step, say
         self._device = step.found_inf.device
         self._untimed = Phases(self._device, enabled=False)
-        self._seen: dict[Any, int] = {}
-        self._static: dict[Any, tuple[Tensor, ...]] = {}
-        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._static: dict[torch.Size, tuple[Tensor, ...]] = {}
+        self._graphs: dict[torch.Size, torch.cuda.CUDAGraph] = {}
+        self._stream: Any = None  # of all captures: they share a pool, whose memory is a stream's
         self.failure: str | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether the step of the largest batch so far is replayed from its graph."""
+        return max(self.step.seen, default=None, key=lambda shape: shape[0]) in self._graphs
+
+    def is_new(self, shape: torch.Size) -> bool:
+        """As of `TrainStep`; the capture itself, another part of start-up, is in `capture`."""
+        return self.step.is_new(shape)
 
     def __call__(
         self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
     ) -> None:
         """Train on one batch; as `TrainStep`'s."""
         inputs = (images, labels, *batch)
-        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        key = images.shape
         graph = self._graphs.get(key)
         if graph is None:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] == WARM_UP and not self.failure and len(self._static) < MOST:
+            self.step(images, labels, batch, lr, momentum)
+            room = len(self._static) < MOST and key not in self._static
+            if self.step.seen[key] >= WARM_UP and room and not self.failure:
                 self._static[key] = tuple(torch.empty_like(tensor) for tensor in inputs)
-            return self.step(images, labels, batch, lr, momentum)
+            return
         for target, source in zip(self._static[key], inputs, strict=True):
             target.copy_(source)
         set_schedule(self.step.optimizer, lr, momentum)
@@ -80,6 +89,8 @@ class GraphStep:
                 self.step.optimizer.zero_grad(set_to_none=True)
                 # Of the capture's end, it says less than what went wrong within.
                 self.failure = reason(error.__context__ or error)
+                if self._say is None:
+                    raise
                 self._say(f"WARNING: no CUDA graph, every step runs eagerly: {self.failure}")
 
     def _capture(self, static: tuple[Tensor, ...]) -> Any:
@@ -87,6 +98,7 @@ class GraphStep:
         pool = next((graph.pool() for graph in self._graphs.values()), None)
         with torch.cuda.device(self._device):
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self._stream = self._stream or torch.cuda.Stream(self._device)
             collecting = gc.isenabled()
             gc.collect()
             gc.disable()
@@ -96,7 +108,7 @@ class GraphStep:
                 with torch.cuda.graph(
                     graph,
                     pool=pool,
-                    stream=torch.cuda.Stream(self._device),
+                    stream=self._stream,
                     capture_error_mode="thread_local",
                 ):
                     self.step.advance(images, labels, Batch(indices, weights), self._untimed)

@@ -6,6 +6,7 @@ there, and read at the epoch's end.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from infobatch_fast.train.schedule import set_schedule
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE = 2.0**16
+WARM_UP = 3  # steps of a shape on a GPU that may compile, tune and allocate
 
 
 class Counts(NamedTuple):
@@ -49,9 +51,16 @@ class TrainStep:
         infobatch: takes the scores; None trains on the plain mean of the losses, without any.
         amp: bf16, fp16 (with loss scaling) or off.
         label_smoothing: in [0, 1).
-        compile: torch.compile the model; each batch size is then compiled once.
+        compile: torch.compile the model, each batch size once; a dictionary is inductor's options.
         phases: the time of scoring and rescaling is counted there as "update".
         say: told if the model cannot be compiled, which then runs as it is; None raises instead.
+        loss_kernel: take the cross-entropy's kernel where there is one; a benchmark compares.
+
+    Attributes:
+        by_kernels: whether the device has our Triton kernels.
+        compiled: whether the network runs as torch.compile made it.
+        forward: the network, compiled or not.
+        seen: steps run here, by the shape of their images; a graph's replays are not.
     """
 
     def __init__(
@@ -62,26 +71,44 @@ class TrainStep:
         *,
         amp: str,
         label_smoothing: float,
-        compile: bool,
+        compile: bool | dict[str, Any],
         phases: Phases,
         say: Callable[[str], None] | None = None,
+        loss_kernel: bool = True,
     ) -> None:
         self._say = say
         self.model, self.optimizer, self.infobatch = model, optimizer, infobatch
         self.label_smoothing, self.phases = label_smoothing, phases
-        self.forward: Any = torch.compile(model, dynamic=False) if compile else model
+        self.forward: Any = model
+        if compile:
+            options = compile if isinstance(compile, dict) else None
+            self.forward = torch.compile(model, dynamic=False, options=options)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         device = self.parameters[0].device
         self.autocast = torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off")
         self.buffers = _Guard(model.buffers())
         # Proven here, not in the first step, which may be timed or forbid host syncs.
-        self.by_kernels = triton_kernels(device) is not None
+        kernels = triton_kernels(device)
+        self.by_kernels, self._kernels = kernels is not None, kernels if loss_kernel else None
+        self.seen: Counter[torch.Size] = Counter()
         self.scaling = amp == "fp16"
         self.scale = torch.full((), INITIAL_SCALE if self.scaling else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
         self.found_inf = torch.zeros((), device=device)
         # float64: sum of weight * loss, sum of weights, skipped, skipped in a row, longest row
         self.counts = torch.zeros(5, dtype=torch.float64, device=device)
+
+    @property
+    def compiled(self) -> bool:  # noqa: D102
+        return self.forward is not self.model
+
+    def is_new(self, shape: torch.Size) -> bool:
+        """Whether the next step on images of this shape is start-up, which compiles and tunes.
+
+        On a GPU the first `WARM_UP` of a shape are, on a CPU the first if the network is compiled.
+        """
+        warm_up = WARM_UP if self.found_inf.is_cuda else int(self.compiled)
+        return self.seen[shape] < warm_up
 
     def __call__(
         self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
@@ -95,6 +122,7 @@ class TrainStep:
             lr: learning rate of this step.
             momentum: momentum (beta1 of adam and lamb) of this step.
         """
+        self.seen[images.shape] += 1
         set_schedule(self.optimizer, lr, momentum)
         self.advance(images, labels, batch, self.phases)
 
@@ -137,7 +165,7 @@ class TrainStep:
             return self._forward_backward(images, labels, batch, phases)
         except RuntimeError as error:  # at a first call: the backward is compiled at its own
             _raise_lack_of_memory(error)
-            if self._say is None or self.forward is self.model or not _of_compiler(error):
+            if self._say is None or not self.compiled or not _of_compiler(error):
                 raise
             self._say(f"WARNING: the network is not compiled: {reason(error)}")
         # Not within the except: what the failed pass stored for its backward is free by now.
@@ -157,7 +185,7 @@ class TrainStep:
         self, logits: Tensor, labels: Tensor, batch: Batch, phases: Phases
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the loss times the scale; the loss () and the losses (B,), detached."""
-        kernels = triton_kernels(logits.device)
+        kernels = self._kernels
         if kernels is not None and logits.shape[1] <= kernels.max_classes:
             plain = self.infobatch is None
             # One launch, or two where classes are many, in the place of a dozen.

@@ -128,6 +128,7 @@ def test_replays_are_the_eager_steps(fake_graphs: list[FakeGraph]) -> None:
     assert (full.replays, partial.replays) == (8 - WARM_UP, 4 - WARM_UP)
     assert full.of_pool is None
     assert partial.of_pool == "pool"
+    assert captured.captured
 
 
 def test_the_batch_is_copied_not_kept(fake_graphs: list[FakeGraph]) -> None:
@@ -165,6 +166,7 @@ def test_nothing_is_captured_in_an_epoch(fake_graphs: list[FakeGraph]) -> None:
     for seed in range(2 * WARM_UP):
         captured(*make_batch(seed), 0.01, 0.9)
     assert fake_graphs == []
+    assert not captured.captured
 
 
 def test_another_shape_is_another_graph(fake_graphs: list[FakeGraph]) -> None:
@@ -216,8 +218,13 @@ def test_a_capture_that_fails_is_told_and_nothing_is_lost(
         "'operation not permitted\\n when stream is capturing'"
     ]
     assert len(made) == 1
+    assert not captured.captured
     for one, other in zip(everything(eager), everything(step), strict=True):
         assert torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5))
+    fatal = GraphStep(step)
+    fatal(*make_batch(0), 0.01, 0.9)  # its shape had its warm-up
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        fatal.capture()
 
 
 def test_obstacles() -> None:

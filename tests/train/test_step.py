@@ -224,6 +224,25 @@ def test_fifty_compiled_steps_follow_the_eager_ones(amp: str, limit: float) -> N
     assert list(compiled.state_dict()["model"]) == list(plain.state_dict()["model"])
 
 
+@pytest.mark.parametrize("options", [False, True, {"max_autotune": True}])
+def test_what_is_start_up_on_a_cpu(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def compile(model: nn.Module, dynamic: bool, options: Any):
+        asked.append(options)
+        return lambda images: model(images)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    step = make_step(compile=options)
+    assert step.compiled == bool(options)
+    assert asked == ([options if isinstance(options, dict) else None] if options else [])
+    for size in (16, 5):
+        shape = torch.Size((size, 3, 32, 32))
+        for first in (True, False, False):
+            assert step.is_new(shape) == (step.compiled and first)
+            step(*make_batch(0, size), 0.01, 0.9)
+
+
 class _Through(torch.autograd.Function):
     """The same values, whose backward raises, as where a backward cannot be compiled."""
 
@@ -241,7 +260,7 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, where: str, error: Exception) -> li
     """A torch.compile that fails so in one of the passes; returns what is called of it."""
     called: list[str] = []
 
-    def compile(model: nn.Module, dynamic: bool):
+    def compile(model: nn.Module, dynamic: bool, options: Any):
         def forward(images: Tensor) -> Tensor:
             called.append(where)
             logits = model(images)  # the buffers are no longer what they were
@@ -273,6 +292,7 @@ def test_a_compiler_that_fails_is_told_and_nothing_is_lost(
     assert plain.read_counts() == compiled.read_counts()
     assert said == ["WARNING: the network is not compiled: no compiler was found"]
     assert called == [where]
+    assert not compiled.compiled
     with pytest.raises(RuntimeError, match=r"^no compiler"):
         make_step(amp=amp, compile=True)(*make_batch(0), 0.05, 0.9)
 
