@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from infobatch_fast.errors import UserError
-from infobatch_fast.infobatch import first_full_epoch
 from infobatch_fast.policies import POLICIES
+from infobatch_fast.pruning import Pruning
 from infobatch_fast.train import config
 from infobatch_fast.train.config import Config
 
@@ -151,7 +151,7 @@ class Planned:
 
 def most_saving(epochs: int, delta: float = DELTA) -> float:
     """The most that a run can leave out: all epochs but the first and the annealing ones."""
-    return max(0, first_full_epoch(epochs, delta) - 1) / epochs
+    return max(0, Pruning(delta=delta).first_full_epoch(epochs) - 1) / epochs
 
 
 def make_setting(

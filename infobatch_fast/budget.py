@@ -11,7 +11,6 @@ PODS_SWING = 0.5  # of the ratio, to either side
 # What a target may leave out of the prunable samples where those kept are weighted by n / k: at a
 # ratio near 1 a single sample would stand for all of them, and one step ruins the network.
 MOST_WEIGHTED = 0.9
-RATIO_SCHEDULES = ("constant", "pods")
 
 
 class Budget(NamedTuple):
@@ -39,14 +38,7 @@ class Budget(NamedTuple):
         return max(n - self.number, (1 - self.most) * n)
 
     def kept_on_device(self, n: Tensor) -> Tensor:
-        """The same rounded, and at least one, without a host sync.
-
-        Args:
-            n: () int64.
-
-        Returns:
-            () int64.
-        """
+        """The same of n () int64: rounded, at least one, () int64, without a host sync."""
         n = n.double()
         if self.number is None:
             kept = n * (1 - self.ratio)
@@ -61,11 +53,6 @@ def wave(schedule: str, epoch: int, first_full_epoch: int) -> float:
     `pods` alternates between phases of much data and of little on the same budget as a constant
     ratio (PODS, arXiv:2605.14773); a cosine here, which begins with much data. Epoch 0 is full, as
     nothing is scored yet, so that it counts from epoch 1.
-
-    Args:
-        schedule: constant or pods.
-        epoch: in [0, first_full_epoch).
-        first_full_epoch: of annealing, or the number of epochs.
     """
     length = first_full_epoch - 1
     if schedule == "constant" or epoch == 0 or length < 4:
@@ -75,30 +62,17 @@ def wave(schedule: str, epoch: int, first_full_epoch: int) -> float:
 
 
 def scheduled_ratio(ratio: float, schedule: str, epoch: int, first_full_epoch: int) -> float:
-    """The ratio of an epoch: its mean is `ratio`, and it stays below 1.
-
-    Args:
-        ratio: in [0, 1).
-        schedule: as in `wave`.
-        epoch: the same.
-        first_full_epoch: the same.
-    """
+    """The ratio of an epoch: its mean is `ratio`, and it stays below 1."""
     return ratio * (1 + _swing(ratio) * wave(schedule, epoch, first_full_epoch))
 
 
 def to_save(
     left: float, num_samples: int, schedule: str, epoch: int, first_full_epoch: int
 ) -> float:
-    """An epoch's part of the samples that the run has still to save.
+    """An epoch's part of the samples `left` that the run has still to save.
 
-    What an epoch could not save falls to those after it.
-
-    Args:
-        left: samples still to be saved.
-        num_samples: N, of which no epoch is asked to save more, where the run can do without.
-        schedule: as in `wave`.
-        epoch: the same.
-        first_full_epoch: the same.
+    What an epoch could not save falls to those after it. None is asked to save more than all
+    `num_samples`, where the run can do without.
     """
     later = range(max(epoch, 1), first_full_epoch)
     if epoch == 0 or not later or left <= 0:

@@ -6,53 +6,21 @@ Dimensions: N samples, n prunable, k of those kept, K kept in all, B batch, T lo
 
 import math
 import operator
+import os
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from infobatch_fast.budget import (
-    MOST_WEIGHTED,
-    RATIO_SCHEDULES,
-    Budget,
-    scheduled_ratio,
-    to_save,
-)
-from infobatch_fast.errors import unknown_name
+from infobatch_fast.budget import MOST_WEIGHTED, Budget, scheduled_ratio, to_save
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.plan import Batch, Plan, check_count, per_sample
-from infobatch_fast.policies import POLICIES, SCORES, Choice, Policy, View, soft
+from infobatch_fast.policies import SCORES, Choice, View, find, soft
+from infobatch_fast.pruning import Pruning
 
 STATE_VERSION = 2
-
-
-def first_full_epoch(num_epochs: int, delta: float) -> int:
-    """The first annealing epoch: ceil(num_epochs * delta) with delta as it was written.
-
-    Floats get products such as 200 * 0.07 wrong (14.000000000000002), hence the fraction.
-    """
-    return math.ceil(num_epochs * Fraction(str(float(delta))))
-
-
-def check_ratio(ratio: float) -> None:
-    """Raise ValueError unless ratio is in [0, 1)."""
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
-
-
-def check_delta(delta: float) -> None:
-    """Raise ValueError unless delta is in [0, 1]."""
-    if not 0 <= delta <= 1:
-        raise ValueError(f"delta must be in [0, 1], got {delta}")
-
-
-def check_target(target: float | None) -> None:
-    """Raise ValueError unless target is None or in (0, 1)."""
-    if target is not None and not 0 < target < 1:
-        raise ValueError(f"target_saving must be in (0, 1), got {target}")
 
 
 class _Past(NamedTuple):
@@ -69,23 +37,12 @@ class InfoBatch:
     Args:
         num_samples: N, the size of the data set.
         num_epochs: length of the whole training, which annealing is counted from.
-        ratio: r, the share of the prunable samples that an epoch leaves out, in [0, 1).
-        delta: share of the epochs that prune, in [0, 1]; the rest train on all samples. 0 is the
-            full-data baseline.
         seed: with the epoch, the one source of randomness; torch's global generators are neither
             read nor seeded.
         device: where the scores live and the plans are drawn; None is CUDA where there is one.
-        policy: soft (InfoBatch) or another of `policies.POLICIES`. One that remembers has its
-            epochs drawn in their order.
-        rescale: weight the prunable samples that were kept by n/k (repb has weights of its own;
-            biased policies have none). False is an ablation.
-        anneal: False prunes to the last epoch, an ablation (delta = 0 stays full-data).
-        score: loss, the sample's last; or bls, of `policies.SCORES`.
-        ratio_schedule: constant, or pods, which swings the ratio around its mean.
-        target_saving: share of the samples of all epochs that the run shall leave out, in (0, 1).
-            Each epoch's ratio is then solved from its scores, and `ratio` is not used. Where kept
-            samples are weighted by n/k it goes to 0.9 at most. What an epoch cannot save falls to
-            the later ones; see `most_saving`.
+        ratio, delta, policy, rescale, anneal, score, ratio_schedule, target_saving: see `Pruning`.
+            A policy that remembers has its epochs drawn in their order. With a target, what an
+            epoch cannot save falls to the later ones; see `most_saving`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -117,33 +74,15 @@ class InfoBatch:
     ) -> None:
         check_count("num_samples", num_samples)
         check_count("num_epochs", num_epochs)
-        check_ratio(ratio)
-        check_delta(delta)
-        check_target(target_saving)
-        for argument, value, known in (
-            ("policy", policy, POLICIES),
-            ("score", score, SCORES),
-            ("ratio_schedule", ratio_schedule, RATIO_SCHEDULES),
-        ):
-            if value not in known:
-                raise ValueError(unknown_name(argument, value, known))
-        if not isinstance(POLICIES[policy], Policy):
-            kind = type(POLICIES[policy]).__name__
-            raise TypeError(f"POLICIES[{policy!r}] must be a Policy, got {kind}")
-        self.num_samples = int(num_samples)
-        self.num_epochs = int(num_epochs)
-        self.ratio = float(ratio)
-        self.delta = float(delta)
-        self.seed = int(seed)
-        self.policy = policy
-        self.rescale = bool(rescale)
-        self.anneal = bool(anneal)
-        self.score = score
-        self.ratio_schedule = ratio_schedule
-        self.target_saving = None if target_saving is None else float(target_saving)
-        self.first_full_epoch = first_full_epoch(self.num_epochs, self.delta)
-        if not anneal and delta > 0:
-            self.first_full_epoch = self.num_epochs
+        self.pruning = Pruning(
+            policy, ratio, delta, rescale, anneal, score, ratio_schedule, target_saving
+        )
+        if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+            # Copies side by side would each prune by the losses of their own samples.
+            raise ValueError(f"WORLD_SIZE must be 1: several processes are not served, got {world}")
+        self.num_samples, self.num_epochs, self.seed = int(num_samples), int(num_epochs), int(seed)
+        self.first_full_epoch = self.pruning.first_full_epoch(self.num_epochs)
+        self._policy = find(policy)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
@@ -180,14 +119,12 @@ class InfoBatch:
             self._past, self._epoch = self._after, epoch
         budget = self._budget(epoch)
         self.asked = budget.number or 0.0
-        policy = POLICIES[self.policy]
-        if epoch < self.first_full_epoch and budget.prunes and self.policy != "none":
+        if budget.prunes and self.pruning.policy != "none":
             plan, memory = self._draw(epoch, budget, batch_size)
         else:
             plan, memory = self._draw_all(epoch), self._past.memory
-        last = plan.indices if policy.memory else None
-        saved = self._past.saved + self.num_samples - len(plan)
-        self._after = _Past(memory, last, saved)
+        last = plan.indices if self._policy.memory else None
+        self._after = _Past(memory, last, self._past.saved + self.num_samples - len(plan))
         return plan
 
     @property
@@ -203,22 +140,21 @@ class InfoBatch:
     @property
     def most_ratio(self) -> float:
         """The most that a target leaves out of an epoch's prunable samples."""
-        weighted = self.rescale and POLICIES[self.policy].unbiased
-        return MOST_WEIGHTED if weighted else 1.0
+        return MOST_WEIGHTED if self.pruning.rescale and self._policy.unbiased else 1.0
 
     def _budget(self, epoch: int) -> Budget:
-        schedule = self.ratio_schedule, epoch, self.first_full_epoch
         if epoch >= self.first_full_epoch:
             return Budget(0.0)
-        if self.target_saving is None:
-            return Budget(scheduled_ratio(self.ratio, *schedule))
-        left = self.target_saving * self.num_samples * self.num_epochs - self._past.saved
+        pruning = self.pruning
+        schedule = pruning.ratio_schedule, epoch, self.first_full_epoch
+        if pruning.target_saving is None:
+            return Budget(scheduled_ratio(pruning.ratio, *schedule))
+        left = pruning.target_saving * self.num_samples * self.num_epochs - self._past.saved
         return Budget(0.0, to_save(left, self.num_samples, *schedule), self.most_ratio)
 
     def _draw_all(self, epoch: int) -> Plan:
-        device = self.scores.device
+        device, key = self.scores.device, _mix(self.seed, epoch)
         kernels = triton_kernels(device)
-        key = _mix(self.seed, epoch)
         if kernels is not None:
             order = kernels.shuffle(self.num_samples, key, device)
         else:
@@ -229,20 +165,16 @@ class InfoBatch:
     def _draw(
         self, epoch: int, budget: Budget, batch_size: int | None
     ) -> tuple[Plan, Mapping[str, Tensor]]:
-        scores, key = self.scores, _mix(self.seed, epoch)
+        scores, key, policy = self.scores, _mix(self.seed, epoch), self._policy
         kernels = triton_kernels(scores.device)
-        policy = POLICIES[self.policy]
-        generator = torch.Generator(scores.device).manual_seed(key)
+        tail = Pruning(delta=self.pruning.delta).first_full_epoch(self.num_epochs)
+        view = View(scores, epoch, tail, budget, key, self._past.last, self._past.memory)
         by_scores = kernels is not None and policy.choose is soft
-        if by_scores:  # it needs no mask: the kernel compares as it goes
-            choice = Choice(scores)
-        else:
-            tail = first_full_epoch(self.num_epochs, self.delta)
-            last, memory = self._past.last, self._past.memory
-            choice = policy.choose(View(scores, epoch, tail, budget, generator, last, memory))
-            self._check_choice(choice)
-        positions = scores
-        if kernels is not None and choice.priority is None:
+        # Of soft the kernel needs no mask: it compares as it goes.
+        choice = Choice(scores) if by_scores else self._choice(view)
+        by_kernels = kernels is not None and choice.priority is None
+        positions = choice.prunable
+        if by_kernels:
             limit = kernels.threshold(scores) if by_scores else None
             positions, count = kernels.partition(choice.prunable, limit)
         else:
@@ -251,35 +183,34 @@ class InfoBatch:
         if n == 0:
             return self._draw_all(epoch), choice.memory
         k = self._keep(n, budget.kept(n), batch_size)
-        own = choice.weights if self.rescale else None
-        weight = n / k if self.rescale and policy.unbiased else 1.0
-        if kernels is not None and choice.priority is None:
+        weight = n / k if self.pruning.rescale and policy.unbiased else 1.0
+        if by_kernels:
             indices, weights = kernels.choose(positions, n, k, weight, key)
         else:
             indices, weights = reference.choose(
-                choice.prunable, n, k, weight, generator, choice.priority
+                positions, n, k, weight, view.generator, choice.priority
             )
-        if own is not None:
-            weights = own.index_select(0, indices)
+        if choice.weights is not None and self.pruning.rescale:
+            weights = choice.weights.index_select(0, indices)
         ratio = 1 - budget.kept(n) / n
         return Plan(epoch, self.num_samples, n, indices, weights, ratio), choice.memory
 
-    def _check_choice(self, choice: Choice) -> None:
+    def _choice(self, view: View) -> Choice:
+        """What the policy gives, which may be the user's own."""
+        name, choice = self.pruning.policy, self._policy.choose(view)
         if not isinstance(choice, Choice):
-            kind = type(choice).__name__
-            raise TypeError(f"policy {self.policy} must give a Choice, got {kind}")
-        shape = self.scores.shape
-        for name, dtype in (
-            ("prunable", torch.bool),
-            ("priority", torch.float32),
-            ("weights", torch.float32),
-        ):
-            given = getattr(choice, name)
-            if given is not None and (given.shape != shape or given.dtype != dtype):
+            raise TypeError(f"policy {name} must give a Choice, got {type(choice).__name__}")
+        for part in ("prunable", "priority", "weights"):
+            given, dtype = (
+                getattr(choice, part),
+                torch.bool if part == "prunable" else torch.float32,
+            )
+            if given is not None and (given.shape != view.scores.shape or given.dtype != dtype):
                 raise ValueError(
-                    f"{name} of policy {self.policy} must be {dtype} of shape {tuple(shape)}, "
+                    f"{part} of policy {name} must be {dtype} of shape ({self.num_samples},), "
                     f"got {given.dtype} of shape {tuple(given.shape)}"
                 )
+        return choice
 
     def _keep(self, n: int, target: float, batch_size: int | None) -> int:
         exact = max(1, round(target))
@@ -305,13 +236,14 @@ class InfoBatch:
             TypeError: the losses are no floating tensor, or the batch is none.
             ValueError: the losses are not one a sample.
         """
-        if isinstance(batch, Tensor):
-            raise TypeError("batch must be what came with the samples, got a tensor")
+        if not isinstance(batch, Batch):
+            kind = type(batch).__name__
+            raise TypeError(f"batch must be the Batch that came with the samples, got {kind}")
         losses = per_sample(losses, batch.indices.numel())
         kernels = triton_kernels(self.scores.device)
         tensors = [tensor.contiguous() for tensor in (losses, batch.weights, batch.indices)]
         here = all(tensor.device == self.scores.device for tensor in tensors)
-        plain = self.score == "loss"
+        plain = self.pruning.score == "loss"
         if kernels is not None and plain and here and batch.weights.dtype == torch.float32:
             return kernels.update(*tensors, self.scores)
         self.record(losses, batch)
@@ -323,7 +255,7 @@ class InfoBatch:
 
         Args:
             losses: as in `update`.
-            batch: as in `update`.
+            batch: of `update`.
             found_inf: () or (1,); where it is not 0 the scores stay as they are.
         """
         device = self.scores.device
@@ -331,24 +263,14 @@ class InfoBatch:
         kernels = triton_kernels(device)
         operation = reference.record if kernels is None else kernels.record
         indices = _onto(batch.indices, device).contiguous()
-        if self.score != "loss":
-            losses = SCORES[self.score](self.scores.index_select(0, indices), losses)
+        if self.pruning.score != "loss":
+            before = self.scores.index_select(0, indices)
+            losses = SCORES[self.pruning.score](before, losses)
         operation(self.scores, indices, losses.contiguous(), found_inf)
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "num_samples": self.num_samples,
-            "num_epochs": self.num_epochs,
-            "ratio": self.ratio,
-            "delta": self.delta,
-            "seed": self.seed,
-            "policy": self.policy,
-            "rescale": self.rescale,
-            "anneal": self.anneal,
-            "score": self.score,
-            "ratio_schedule": self.ratio_schedule,
-            "target_saving": self.target_saving,
-        }
+        own = {name: getattr(self, name) for name in ("num_samples", "num_epochs", "seed")}
+        return {**own, **self.pruning.settings()}
 
     def state_dict(self) -> dict[str, Any]:
         """The scores (a copy), what the policy remembers, and the settings that they belong to.
@@ -359,73 +281,31 @@ class InfoBatch:
             "version": STATE_VERSION,
             "scores": self.scores.clone(),
             "epoch": self._epoch,
-            "past": _as_dict(self._past),
-            "after": _as_dict(self._after),
+            "past": {**self._past._asdict(), "memory": dict(self._past.memory)},
+            "after": {**self._after._asdict(), "memory": dict(self._after.memory)},
             **self._settings(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Take over the scores of `state_dict()`, onto this object's device.
-
-        Args:
-            state: from `state_dict()`.
-            strict: refuse a state of other settings (ratio, seed, ...); False takes its scores
-                alone.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of `state_dict()`, onto this object's device.
 
         Raises:
-            ValueError: another version, shape or (strict) setting; nothing is changed then.
+            TypeError, ValueError: no state, or of another version or setting; nothing is changed.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"state version must be {STATE_VERSION}, got {state.get('version')}")
-        scores = state.get("scores")
-        if not isinstance(scores, Tensor) or scores.shape != self.scores.shape:
-            shape = tuple(scores.shape) if isinstance(scores, Tensor) else scores
-            raise ValueError(f"scores must have shape ({self.num_samples},), got {shape}")
-        if scores.dtype != torch.float32:
-            raise ValueError(f"scores must be float32, got {scores.dtype}")
-        for name, value in self._settings().items() if strict else ():
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be from state_dict(), got {type(state).__name__}")
+        for name, value in {"version": STATE_VERSION, **self._settings()}.items():
             if state.get(name) != value:
                 raise ValueError(f"{name} of the state must be {value}, got {state.get(name)}")
-        epoch, past, after = None, _Past({}, None, 0), _Past({}, None, 0)
-        if strict:
-            epoch = state.get("epoch")
-            if epoch is not None and (type(epoch) is not int or not 0 <= epoch < self.num_epochs):
-                raise ValueError(
-                    f"epoch of the state must be in [0, {self.num_epochs}), got {epoch}"
-                )
-            past, after = (self._past_of(state, name) for name in ("past", "after"))
-        self.scores.copy_(scores)
-        self._epoch, self._past, self._after = epoch, past, after
-
-    def _past_of(self, state: dict[str, Any], name: str) -> _Past:
-        given: Any = state.get(name)
-        device = self.scores.device
-        try:
-            saved = operator.index(given["saved"])
-            last = given["last"]
-            fits = saved >= 0 and (last is None or self._is_plan(last))
-            names = set(POLICIES[self.policy].memory)
-            fits = fits and set(given["memory"]) in (set(), names)
-            for value in given["memory"].values():
-                fits = fits and value.shape in (self.scores.shape, ())
-            memory = {key: value.to(device) for key, value in given["memory"].items()}
-            if fits:
-                return _Past(memory, None if last is None else last.to(device), saved)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            pass
-        raise ValueError(f"{name} of the state must be what {self.policy} left in state_dict()")
-
-    def _is_plan(self, indices: Tensor) -> bool:
-        if indices.dtype != torch.int64 or indices.dim() != 1:
-            return False
-        if not 0 < indices.numel() <= self.num_samples:
-            return False
-        low, high = indices.aminmax()
-        return bool(low >= 0) and bool(high < self.num_samples)
+        past, after = (_past_of(state[name], self.scores.device) for name in ("past", "after"))
+        self.scores.copy_(state["scores"])
+        self._epoch, self._past, self._after = state["epoch"], past, after
 
 
-def _as_dict(past: _Past) -> dict[str, Any]:
-    return {"memory": dict(past.memory), "last": past.last, "saved": past.saved}
+def _past_of(saved: Mapping[str, Any], device: torch.device) -> _Past:
+    memory = {name: value.to(device) for name, value in saved["memory"].items()}
+    last = saved["last"]
+    return _Past(memory, None if last is None else last.to(device), saved["saved"])
 
 
 def _onto(tensor: Tensor, device: torch.device) -> Tensor:

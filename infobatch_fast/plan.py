@@ -22,6 +22,9 @@ class Batch(NamedTuple):
     indices: Tensor
     weights: Tensor
 
+    def __repr__(self) -> str:
+        return f"Batch(of {self.indices.numel()} samples, on {self.indices.device})"
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -8,8 +8,11 @@ A sample that was not seen yet, or whose last loss was not finite, is NaN and al
 first epoch is full under every policy.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infobatch_fast.budget import Budget
+from infobatch_fast.errors import reason, unknown_name
 from infobatch_fast.kernels import reference
 
 POOL = 1.2  # of orderdp: samples drawn for each one kept
@@ -38,7 +42,7 @@ class View:
         tail: the first epoch of the last (1 - delta) of the run; one beyond it is drawn only
             without annealing.
         budget: how many of n prunable samples are kept, `budget.kept_on_device(n)`.
-        generator: of the scores' device, a function of (seed, epoch).
+        key: a function of (seed, epoch), which `generator` starts from.
         last: (K,) int64, the epoch before in its order; None before the first, and for a policy
             that keeps no memory.
         memory: what the policy left in the `Choice` of the epoch before; empty at first.
@@ -48,7 +52,7 @@ class View:
     epoch: int
     tail: int
     budget: Budget
-    generator: torch.Generator
+    key: int
     last: Tensor | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -56,6 +60,11 @@ class View:
     def seen(self) -> Tensor:
         """(N,) bool: the samples with a score."""
         return self.scores.isfinite()
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Of the scores' device; made on first use, since kernels draw without one."""
+        return torch.Generator(self.scores.device).manual_seed(self.key)
 
 
 class Choice(NamedTuple):
@@ -86,14 +95,12 @@ class Policy:
             for rounding to whole samples; r is the ratio. `Plan.expected_saving` is its value.
         unbiased: whether, with rescaling, the expected gradient of an epoch is that of all data.
         memory: names of the tensors that it remembers from epoch to epoch.
-        rescales: whether it has weights, which --no-rescale turns off.
     """
 
     choose: Callable[[View], Choice]
     saving: str
     unbiased: bool = False
     memory: tuple[str, ...] = ()
-    rescales: bool = False
 
 
 def soft(view: View) -> Choice:
@@ -206,20 +213,43 @@ def none(view: View) -> Choice:
 
 
 POLICIES: dict[str, Policy] = {
-    "soft": Policy(soft, "r P(score < mean)", unbiased=True, rescales=True),
-    "random": Policy(random, "r", unbiased=True, rescales=True),
+    "soft": Policy(soft, "r P(score < mean)", unbiased=True),
+    "random": Policy(random, "r", unbiased=True),
     "hard": Policy(hard, "r"),
     "orderdp": Policy(orderdp, "r"),
     "repb": Policy(
         repb,
         "r P(trained on in the epoch before, and score < mean of its window)",
         memory=("drawn", "epochs"),
-        rescales=True,
     ),
     "ucb": Policy(ucb, "r", memory=("mean", "variance")),
     "seta": Policy(seta, "r"),
     "none": Policy(none, "0", unbiased=True),
 }
+
+
+def find(name: str) -> Policy:
+    """The policy of a name of `POLICIES`, or of `module:function`, a function from View to Choice.
+
+    Raises:
+        ValueError: there is none of that name; TypeError: it is no policy.
+    """
+    if ":" in name and name not in POLICIES:
+        module, _, function = name.partition(":")
+        sys.path.insert(0, "")  # as `python -m` has it: the user's folder
+        try:
+            found = getattr(import_module(module), function)
+        except Exception as error:  # whatever the user's module raises
+            raise ValueError(f"policy {name} cannot be imported: {reason(error)}") from error
+        finally:
+            sys.path.remove("")
+        return found if isinstance(found, Policy) else Policy(found, "r")
+    if name not in POLICIES:
+        raise ValueError(unknown_name("policy", name, [*POLICIES, "module:function"]))
+    if not isinstance(POLICIES[name], Policy):
+        kind = type(POLICIES[name]).__name__
+        raise TypeError(f"POLICIES[{name!r}] must be a Policy, got {kind}")
+    return POLICIES[name]
 
 
 def loss_score(before: Tensor, losses: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from infobatch_fast import InfoBatch
 from infobatch_fast.budget import (
     PODS_PERIOD,
     PODS_SWING,
-    RATIO_SCHEDULES,
     Budget,
     scheduled_ratio,
     to_save,
     wave,
 )
 from infobatch_fast.plan import Plan
+from infobatch_fast.pruning import RATIO_SCHEDULES
 from infobatch_fast.telemetry.syncs import host_syncs
 
 
@@ -226,12 +226,6 @@ def test_most_saving(epochs: int, kwargs: dict, most: float) -> None:
     assert infobatch.most_saving == pytest.approx(most, abs=1e-12)
     share = saved(simulate(infobatch)) / (50 * epochs)
     assert share == pytest.approx(most * 49 / 50)  # one sample is kept
-
-
-@pytest.mark.parametrize("target", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf])
-def test_a_target_is_in_its_bounds(target: float) -> None:
-    with pytest.raises(ValueError, match=rf"^target_saving must be in \(0, 1\), got {target}$"):
-        aiming(target)
 
 
 def test_an_epoch_drawn_twice_is_counted_once() -> None:

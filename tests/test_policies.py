@@ -1,9 +1,7 @@
 """Every policy against a brute-force form in plain loops, its statistics, and its properties."""
 
 import copy
-import importlib.util
 import math
-import sys
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,8 +18,8 @@ from infobatch_fast.budget import Budget
 from infobatch_fast.kernels import prune_torch, reference
 from infobatch_fast.plan import Plan
 from infobatch_fast.policies import POLICIES, Choice, Policy, View
+from infobatch_fast.pruning import UNWEIGHTED
 from infobatch_fast.telemetry.syncs import host_syncs
-from infobatch_fast.train import config
 
 CPU = torch.device("cpu")
 
@@ -97,11 +95,8 @@ def make(n: int, policy: str, *, epochs: int = EPOCHS, **kwargs) -> InfoBatch:
 
 
 def view_of(scores: np.ndarray, ratio: float = 0.5, seed: int = 0, **kwargs) -> View:
-    generator = torch.Generator().manual_seed(seed)
     tensor = torch.from_numpy(scores.astype(np.float32))
-    return View(
-        tensor, **{"epoch": 1, "tail": 9, **kwargs}, budget=Budget(ratio), generator=generator
-    )
+    return View(tensor, **{"epoch": 1, "tail": 9, **kwargs}, budget=Budget(ratio), key=seed)
 
 
 # The brute-force forms: of the epochs so far and the scores, the samples that may be left out, a
@@ -348,7 +343,7 @@ def test_orderdp_keeps_the_highest_of_its_pool() -> None:
                 return into[-1]
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(POLICIES, "orderdp", Policy(spy, "r"))
+                patch.setattr(infobatch, "_policy", Policy(spy, "r"))
                 assert torch.equal(infobatch.sample(1).indices, plan.indices)
             priority = choices[0].priority
             assert priority is not None
@@ -417,14 +412,14 @@ def test_repb_without_rescaling_has_weights_of_one() -> None:
 
 def test_ucb_by_hand() -> None:
     scores = torch.tensor([4.0, 4.0, 4.0, torch.nan])
-    first = policies.ucb(View(scores, 1, 9, Budget(0.5), torch.Generator(), torch.arange(4), {}))
+    first = policies.ucb(View(scores, 1, 9, Budget(0.5), 0, torch.arange(4), {}))
     assert first.prunable.tolist() == [True, True, True, False]
     assert first.memory["mean"].tolist()[:3] == [4, 4, 4]
     assert first.memory["variance"].tolist()[:3] == [0, 0, 0]
     # Samples 0, 2 and 3 are trained on, 2 with a loss that is not finite.
     scores = torch.tensor([8.0, 4.0, torch.nan, 2.0])
     last = torch.tensor([3, 0, 2])
-    again = policies.ucb(View(scores, 2, 9, Budget(0.5), torch.Generator(), last, first.memory))
+    again = policies.ucb(View(scores, 2, 9, Budget(0.5), 0, last, first.memory))
     assert again.prunable.tolist() == [True, True, False, True]
     assert again.memory["mean"].tolist() == [6, 4, 4, 2]
     assert again.memory["variance"].tolist() == [4, 0, 0, 0]
@@ -557,22 +552,11 @@ def test_unbiased_policies_are_and_others_not(name: str) -> None:
 
 def test_which_have_weights() -> None:
     losses = losses_of(500, EPOCHS, "gamma")
-    for name, policy in POLICIES.items():
+    for name in POLICIES:
         plans = run(make(500, name), losses, range(EPOCHS))
-        assert any((plan.weights != 1).any() for plan in plans) == policy.rescales
+        assert any((plan.weights != 1).any() for plan in plans) == (name not in UNWEIGHTED)
         plans = run(make(500, name, rescale=False), losses, range(EPOCHS))
         assert all((plan.weights == 1).all() for plan in plans)
-
-
-def test_ucb_without_its_memory_goes_on() -> None:
-    losses = losses_of(127, EPOCHS, "gamma")
-    before = make(127, "ucb")
-    run(before, losses, range(3))
-    infobatch = make(127, "ucb")
-    infobatch.load_state_dict(before.state_dict(), strict=False)  # the scores alone
-    assert len(infobatch.sample(3)) == 127  # no mean is known: nothing may be left out
-    train_on(infobatch, infobatch.sample(3), losses[3])
-    assert len(infobatch.sample(4)) < 80
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -587,7 +571,7 @@ def test_policies_write_to_nothing_and_wait_for_nothing(name: str, way: str, mon
         calls.append((view, before, choice))
         return choice
 
-    entry = Policy(watched, policy.saving, policy.unbiased, policy.memory, policy.rescales)
+    entry = Policy(watched, policy.saving, policy.unbiased, policy.memory)
     monkeypatch.setitem(POLICIES, name, entry)
     infobatch = make(127, name)
     losses = losses_of(127, EPOCHS, "gamma")
@@ -716,19 +700,14 @@ def easiest_first(view: View) -> Choice:
     return Choice(view.seen, priority=-view.scores)
 
 
-def test_a_policy_is_one_function_and_one_line(monkeypatch, capsys) -> None:
+def test_a_policy_is_one_function_and_one_line(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(POLICIES, "easiest", Policy(easiest_first, "r"))
+    (tmp_path / "mine.py").write_text(
+        "from infobatch_fast.policies import Choice\n"
+        "easiest = lambda view: Choice(view.seen, priority=-view.scores)\n"
+    )
+    monkeypatch.chdir(tmp_path)
     losses = np.tile(np.arange(100, dtype=np.float32), (3, 1))
-    plans = run(make(100, "easiest", ratio=0.25), losses, range(3))
-    assert sorted(plans[1].indices.tolist()) == list(range(75))
-    assert config.parse(["--policy", "easiest"], cuda=False).policy == "easiest"
-    # The command line as it is made at the next start.
-    spec = importlib.util.spec_from_file_location("config_again", str(config.__file__))
-    assert spec is not None
-    assert spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "config_again", again)
-    spec.loader.exec_module(again)
-    with pytest.raises(SystemExit):
-        again.parse(["--help"], cuda=False)
-    assert "seta,none,easiest" in capsys.readouterr().out
+    for name in ("easiest", "mine:easiest"):
+        plans = run(make(100, name, ratio=0.25), losses, range(3))
+        assert sorted(plans[1].indices.tolist()) == list(range(75))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from infobatch_fast.policies import POLICIES
+from infobatch_fast.pruning import UNWEIGHTED
 from infobatch_fast.report.records import Run
 
 DELTA = 0.875  # of the reported runs
@@ -105,14 +105,8 @@ def of_settings(config: Mapping[str, Any]) -> Method:
         policy=config["policy"],
         ratio=config["ratio"] if target is None else Method._field_defaults["ratio"],
         delta=config["delta"] if config["anneal"] else 1.0,
-        rescale=config["rescale"] and _rescales(config["policy"]),
+        rescale=config["rescale"] and config["policy"] not in UNWEIGHTED,
         score=config.get("score", "loss"),
         ratio_schedule=config.get("ratio_schedule", "constant"),
         target_saving=target,
     )
-
-
-def _rescales(policy: str) -> bool:
-    """Whether the setting has an effect; of a policy that is not known here it may have one."""
-    known = POLICIES.get(policy)
-    return known is None or known.rescales

@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from infobatch_fast.budget import RATIO_SCHEDULES
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.infobatch import check_delta, check_ratio, check_target
 from infobatch_fast.policies import POLICIES, SCORES
+from infobatch_fast.pruning import RATIO_SCHEDULES, Pruning
 from infobatch_fast.train import cli as command
 from infobatch_fast.train.models import MODELS
 from infobatch_fast.train.optim import OPTIMIZERS
@@ -152,9 +151,7 @@ class Config:
             if value not in known:
                 raise UserError(unknown_name(argument, value, known))
         try:
-            check_ratio(self.ratio)
-            check_delta(self.delta)
-            check_target(self.target_saving)
+            Pruning.of(asdict(self))
         except ValueError as error:
             raise UserError(str(error)) from None
         least = {

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from infobatch_fast.data.cifar import Dataset
-from infobatch_fast.infobatch import InfoBatch, first_full_epoch
+from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
+from infobatch_fast.pruning import Pruning
 from infobatch_fast.train.config import Config
 
 
@@ -74,7 +75,7 @@ def pruning_line(settings: Config) -> str:
     else:
         line += f"saves at most delta x ratio x share = {delta:g} x {settings.ratio:g} x share = "
         line += f"{most:.1%} x share of the {PRUNABLE.get(settings.policy, 'samples seen')}"
-    full = settings.epochs - first_full_epoch(settings.epochs, delta)
+    full = settings.epochs - Pruning(delta=delta).first_full_epoch(settings.epochs)
     if full == 1:
         return line + "; the last epoch trains on all"
     return line + (f"; the last {full} epochs train on all" if full else "")
@@ -82,7 +83,7 @@ def pruning_line(settings: Config) -> str:
 
 def target_lines(infobatch: InfoBatch) -> list[str]:
     """What --target-saving asks of each epoch, and whether that can be."""
-    target, most = infobatch.target_saving, infobatch.most_saving
+    target, most = infobatch.pruning.target_saving, infobatch.most_saving
     assert target is not None
     pruning = infobatch.first_full_epoch - 1
     if target > most:
@@ -96,10 +97,10 @@ def target_lines(infobatch: InfoBatch) -> list[str]:
         return [f"WARNING: target_saving {target:g} cannot be reached: {why}"]
     part = target * infobatch.num_epochs / pruning
     line = f"target     {part:.1%} of the samples out of each epoch that prunes, "
-    if infobatch.policy in PRUNABLE:
+    if infobatch.pruning.policy in PRUNABLE:
         needed = part / infobatch.most_ratio
-        return [f"{line}possible while {needed:.1%} are {PRUNABLE[infobatch.policy]}"]
-    return [f"{line}which {infobatch.policy} can do"]
+        return [f"{line}possible while {needed:.1%} are {PRUNABLE[infobatch.pruning.policy]}"]
+    return [f"{line}which {infobatch.pruning.policy} can do"]
 
 
 def strained(plan: Plan, infobatch: InfoBatch) -> str | None:
@@ -111,10 +112,11 @@ def strained(plan: Plan, infobatch: InfoBatch) -> str | None:
     if infobatch.most_ratio < 1:
         why = f"at most {infobatch.most_ratio:.0%}, as those kept are weighted"
     last = plan.epoch == infobatch.first_full_epoch - 1
+    target = infobatch.pruning.target_saving
     return (
-        f"WARNING: target_saving {infobatch.target_saving:g} asks epoch {plan.epoch + 1} to leave "
-        f"out {infobatch.asked:,.0f} samples; of its {plan.num_prunable:,} prunable ones it leaves "
-        f"out {why}: {plan.num_samples - len(plan):,}; "
+        f"WARNING: target_saving {target:g} asks epoch {plan.epoch + 1} to "
+        f"leave out {infobatch.asked:,.0f} samples; of its {plan.num_prunable:,} prunable ones it "
+        f"leaves out {why}: {plan.num_samples - len(plan):,}; "
         f"{'so it is missed' if last else 'the rest falls to later epochs'}"
     )
 
