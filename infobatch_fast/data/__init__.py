@@ -1,0 +1,1 @@
+"""Tensors and files to batches: data sets, augmentation and the loaders."""
