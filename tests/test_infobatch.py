@@ -152,22 +152,10 @@ def test_annealing_epochs_are_full_with_weight_one(epochs: int, delta: float) ->
             assert (plan.weights > 1).any()
 
 
-def test_ablations() -> None:
-    scores = np.random.default_rng(0).random(1000).astype(np.float32)
-    kwargs = {"epochs": 8, "delta": 0.5}
-    assert len(with_scores(scores, **kwargs).sample(7)) == 1000
-    assert len(with_scores(scores, anneal=False, **kwargs).sample(7)) < 1000
-    assert len(with_scores(scores, anneal=False, delta=0.0).sample(7)) == 1000
-    plan = with_scores(scores, rescale=False, **kwargs).sample(1)
-    assert len(plan) < 1000
-    assert (plan.weights == 1).all()
-    assert len(with_scores(scores, policy="none").sample(1)) == 1000
-
-
 def test_choice_is_uniform_without_replacement() -> None:
     # 12 prunable of 16, 6 kept: inclusion counts and pair counts over many seeds.
     scores = np.array([0.0] * 12 + [10.0] * 4, np.float32)
-    runs, counts, pairs = 4000, np.zeros(12), np.zeros((12, 12))
+    runs, counts, pairs = 2000, np.zeros(12), np.zeros((12, 12))
     for seed in range(runs):
         plan = with_scores(scores, seed=seed).sample(1)
         kept = np.zeros(12)
@@ -197,7 +185,7 @@ def test_order_is_uniform_and_independent_of_the_choice() -> None:
     # Every order is equally likely: of four samples, and of three where one of 0 and 1 is pruned.
     for scores, orders in (([1, 1, 1, 1], 24), ([0, 0, 9, 9], 6)):
         seen: dict[tuple[int, ...], int] = {}
-        for seed in range(4800):
+        for seed in range(2400):
             drawn = with_scores(np.array(scores), seed=seed).sample(1).indices.tolist()
             key = tuple(drawn) if orders == 24 else tuple(max(i, 1) for i in drawn)
             seen[key] = seen.get(key, 0) + 1
@@ -211,7 +199,7 @@ def test_weighted_sum_is_unbiased() -> None:
     values = rng.normal(size=500) + 2
     for kwargs in ({"ratio": 0.5}, {"ratio": 0.7}, {"ratio": 0.3, "policy": "random"}):
         sums = []
-        for seed in range(1500):
+        for seed in range(800):
             plan = with_scores(scores, seed=seed, **kwargs).sample(1)
             sums.append(float(plan.weights.double() @ torch.from_numpy(values)[plan.indices]))
         error = np.mean(sums) - values.sum()

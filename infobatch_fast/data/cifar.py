@@ -14,8 +14,8 @@ from infobatch_fast.data.cifar_files import KINDS, Form, Kind, read_archive, rea
 from infobatch_fast.data.class_names import CLASSES
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.data.download import download_archive
-from infobatch_fast.errors import UserError, reason, unknown_name
 from infobatch_fast.data.synthetic import make_synthetic
+from infobatch_fast.errors import UserError, reason, unknown_name
 
 __all__ = ["DataMissing", "Dataset", "default_data_dir", "load_cifar", "make_synthetic"]
 

@@ -35,8 +35,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infobatch_fast.data import cifar_files
-from infobatch_fast.data.cifar_files import KINDS
 from infobatch_fast.data.cifar import load_cifar
+from infobatch_fast.data.cifar_files import KINDS
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ from cifar_files_made import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infobatch_fast.data.cifar_files import KINDS
 from infobatch_fast.data.cifar import load_cifar
+from infobatch_fast.data.cifar_files import KINDS
 
 
 @pytest.fixture(autouse=True)

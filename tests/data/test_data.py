@@ -9,9 +9,9 @@ import pytest
 import torch
 from cifar_files_made import REAL, SHAPES, check, fails, put_archive, put_folder, shrink
 
+from infobatch_fast.data.cifar import DataMissing, default_data_dir, load_cifar, make_synthetic
 from infobatch_fast.data.cifar_files import KINDS
 from infobatch_fast.data.class_names import CLASSES
-from infobatch_fast.data.cifar import DataMissing, default_data_dir, load_cifar, make_synthetic
 
 
 @pytest.fixture(autouse=True)

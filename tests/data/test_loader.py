@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infobatch_fast.data import loader as loader_module
 from infobatch_fast.data.augment import augmentation
+from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
 from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch, Plan
-from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
 from infobatch_fast.telemetry.syncs import host_syncs
 
 try:
