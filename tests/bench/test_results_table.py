@@ -3,67 +3,59 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from results_table import main, read, table
+import results_table
+from results_table import read, table
+
+from infobatch_fast.errors import UserError
+from infobatch_fast.pruning import FULL, Pruning
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"<!-- bench/results_table.py: (\S+) -->\n(.*?)<!-- end -->", re.S)
+SOFT, HARD = Pruning(), Pruning("hard")
 
 
-def line(accuracy: float, seed: int = 0, epochs: int = 8, **changed: Any) -> dict[str, Any]:
-    full = changed.pop("full", False)
-    saved = 0.0 if full else 0.25
-    return {
-        "method": {
-            "policy": "none" if full else changed.pop("policy", "soft"),
-            "ratio": None if full else 0.5,
-            "delta": 0.0 if full else 0.875,
-            "rescale": not full,
-            "anneal": not full,
-            "score": "loss",
-            "ratio_schedule": "constant",
-            "target_saving": None,
-        },
-        "seed": seed,
-        "epochs": epochs,
-        "state": "done",
-        "accuracy_last": accuracy,
-        "saved_share": saved,
-        "samples_trained": round((1 - saved) * epochs * 1000),
-        **{name: "same" for name in ("dataset", "data", "model", "data_fraction")},
-        **{"source_hash": "same", "device": {"name": "same"}, **changed},
-    }
+def line(pruning: Pruning, accuracy: float, seed: int = 0, epochs: int = 8, **changed) -> str:
+    seen = round(epochs * (1000 if pruning == FULL else 750))
+    none = dict.fromkeys(("loss_last", "images_per_second", "pruning_seconds"))
+    zero = ("skipped_steps", "train_seconds", "evaluation_seconds", "checkpoint_seconds")
+    return json.dumps(
+        pruning.settings()
+        | {**none, **dict.fromkeys((*zero, "peak_memory_bytes", "accuracy_best_epoch"), 0)}
+        | dict.fromkeys(results_table.ALIKE, "same")
+        | {"state": "done", "seed": seed, "epochs": epochs, "accuracy_last": accuracy}
+        | {"samples_trained": seen, "samples_saved": 1000 * epochs - seen, "accuracy_best": 1.0}
+        | {"saved_share": 1 - seen / (1000 * epochs), **changed}
+    )
 
 
-def cells(lines: list[dict[str, Any]]) -> list[list[str]]:
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table(lines)[2:]]
+def rows(tmp_path: Path, lines: list[str]) -> list[list[str]]:
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(lines))
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table(read(path))[2:]]
 
 
-def test_means_and_differences_by_hand() -> None:
-    lines = [line(0.80 + 0.01 * seed, seed, full=True) for seed in range(3)]
-    lines += [line(0.79 + 0.01 * seed, seed, full=True, epochs=6) for seed in range(3)]
-    lines += [line(0.79 + 0.011 * seed, seed) for seed in range(3)]
-    assert cells(lines) == [
+def test_means_and_differences_by_hand(tmp_path: Path) -> None:
+    lines = [line(FULL, 0.80 + 0.01 * seed, seed) for seed in range(3)]
+    lines += [line(FULL, 0.79 + 0.01 * seed, seed, epochs=6) for seed in range(3)]
+    lines += [line(SOFT, 0.79 + 0.011 * seed, seed) for seed in range(3)]
+    assert rows(tmp_path, lines) == [
         ["full data, 8 epochs", "0.0%", "81.00 ± 1.00", "-", "-", "3"],
         ["full data, 6 epochs", "25.0%", "80.00 ± 1.00", "-1.00 ± 0.00", "-", "3"],
         [
-            "InfoBatch r=0.5, 8 epochs",
-            "25.0%",
-            "80.10 ± 1.10",
-            "-0.90 ± 0.10",
-            "(+0.10 ± 0.10)",
-            "3",
+            *("InfoBatch r=0.5, 8 epochs", "25.0%"),
+            *("80.10 ± 1.10", "-0.90 ± 0.10", "(+0.10 ± 0.10)", "3"),
         ],
     ]
 
 
-def test_one_seed_and_others_epochs() -> None:
-    lines = [line(0.9, full=True), line(0.8, policy="hard"), line(0.7, full=True, epochs=3)]
-    lines += [line(0.75, full=True, epochs=5)]  # the nearer to six epochs' samples
-    rows = cells(lines)
-    assert rows[1] == [
+def test_one_seed_the_nearest_shorter_training_and_what_is_not_done(tmp_path: Path) -> None:
+    lines = [line(FULL, 0.9), line(HARD, 0.8), line(FULL, 0.7, epochs=3)]
+    lines += [line(FULL, 0.75, epochs=5)]  # the nearer to six epochs' samples
+    lines += [line(SOFT, 0.1, state="failed"), line(FULL, 0.1, seed=1, epochs=6)]
+    found = rows(tmp_path, lines)
+    assert found[1] == [
         "hard r=0.5 + anneal, 8 epochs",
         "25.0%",
         "80.00",
@@ -71,26 +63,19 @@ def test_one_seed_and_others_epochs() -> None:
         "(+5.00)",
         "1",
     ]
-    assert rows[2][1] == "62.5%"  # of the longer training's samples
+    assert found[2][1] == "62.5%"  # of the longest training's samples
+    assert len(found) == 5
 
 
-def test_what_is_not_done_is_left_out_and_strangers_refused(tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    "text", [line(SOFT, 0.9) + "\n" + line(SOFT, 0.5, model="r50"), '{"name": 1}', "{", None]
+)
+def test_strangers_are_refused(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "results.jsonl"
-    lines = [line(0.9, full=True), {**line(0.1), "state": "failed"}]
-    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
-    assert [one["accuracy_last"] for one in read(path)] == [0.9]
-    for text, told in (
-        (json.dumps(lines[0]) + "\n" + json.dumps(line(0.5, model="r50")), "got 2"),
-        ('{"name": 1}', "KeyError"),
-        ("{", "JSONDecodeError"),
-    ):
+    if text is not None:
         path.write_text(text)
-        assert main([str(path)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert told in error
-    assert main([str(tmp_path / "none")]) == 2
-    assert main([]) == 2
+    with pytest.raises(UserError, match=str(path)):
+        read(path)
 
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a checkout")
