@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from infobatch_fast.data.augment import augmentation
 from infobatch_fast.data.cifar import Dataset
-from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
+from infobatch_fast.data.loader import Loader, TorchLoader, make_loader
 from infobatch_fast.plan import Plan
 
 PAD = 4
@@ -163,7 +163,7 @@ def ours(setting: Setting, kind: str) -> Side:
     Raises:
         UserError: DALI does not work here.
     """
-    loader: DaliLoader | TorchLoader = setting.reference
+    loader: Loader = setting.reference
     if kind == "dali":
         data = setting.data.to(setting.device)
         how: dict[str, Any] = {"mean": data.mean, "std": data.std, "seed": setting.seed, "pad": PAD}

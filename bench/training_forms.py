@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infobatch_fast.data.cifar import Dataset
-from infobatch_fast.data.loader import DaliLoader, TorchLoader
+from infobatch_fast.data.loader import Loader
 from infobatch_fast.infobatch import Batch, InfoBatch, Plan
 from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.train.graph import WARM_UP, GraphStep, obstacle
@@ -125,7 +125,7 @@ class Trainer:
         form: Form,
         epoch: Epoch,
         data: Dataset,
-        loader: DaliLoader | TorchLoader,
+        loader: Loader,
         seed: int,
     ) -> None:
         device = data.images.device
@@ -177,9 +177,7 @@ class Trainer:
             self.step(images, labels, batch, LR, MOMENTUM)
 
 
-def feed(
-    loader: DaliLoader | TorchLoader, plan: Plan, steps: int
-) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+def feed(loader: Loader, plan: Plan, steps: int) -> Iterator[tuple[Tensor, Tensor, Batch]]:
     """The first batches of a plan, as an epoch of their own."""
     count = steps * loader.batch_size
     part = replace(plan, indices=plan.indices[:count], weights=plan.weights[:count])

@@ -12,7 +12,7 @@ from training_forms import FORMS, Trainer, Unavailable
 from training_work import Work, work_an_image
 
 from infobatch_fast.data.cifar import Dataset
-from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
+from infobatch_fast.data.loader import Loader, make_loader
 from infobatch_fast.errors import reason
 from infobatch_fast.report.text import figures
 from infobatch_fast.train.models import make_model
@@ -58,9 +58,7 @@ class _Training:
         ratio: of the pruned epoch.
     """
 
-    def __init__(
-        self, run: Run, model: str, data: Dataset, loader: DaliLoader | TorchLoader, ratio: float
-    ) -> None:
+    def __init__(self, run: Run, model: str, data: Dataset, loader: Loader, ratio: float) -> None:
         self.run, self.model, self.data, self.loader = run, model, data, loader
         self.samples, self.batch_size = len(data.labels), loader.batch_size
         self.epochs = {
