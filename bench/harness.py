@@ -1,56 +1,138 @@
-"""Measuring: the sides of a comparison interleaved in one run, and lines that say what of."""
+"""What every benchmark does: options, a folder, sides interleaved, lines, one table and one plot.
 
+A benchmark is its sides, a title for each of its parts, and one call of `main`.
+"""
+
+import sys
+from pathlib import Path
+
+# What is measured is the checkout that this file lies in, not an installed copy.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import io
 import json
 import math
+import os
 import random
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import torch
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
+from tqdm import tqdm
 
-from infobatch_fast.errors import UserError
-from infobatch_fast.report import lines as schema
+from infobatch_fast.errors import UserError, reason
 from infobatch_fast.report.lines import Line
-from infobatch_fast.report.text import figures
+from infobatch_fast.report.text import figures, markdown
+from infobatch_fast.report.text import seconds as in_seconds
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Interrupted
+from infobatch_fast.train.cli import Interrupted, Say, command, is_out_of_memory, parse
+from infobatch_fast.train.loop import find_device
 from infobatch_fast.train.records import write_atomically
 
-LINE = tuple(field.name for field in fields(Line))
+Call = Callable[[], object]
+Timer = Callable[[Call, torch.device], float]
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers serve without any colour.
+STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#D55E00", "v"))
+STYLES += (("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*"))
+DIFFERENCE = "difference"  # the side that is the first less the second
+
+
+def shown(metavar: str) -> Any:
+    """How --help shows a flag's value, where None stands for a default of the device's."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of every benchmark.
+
+    Attributes:
+        quick: seconds, not minutes: figures too short to quote.
+        device: auto is CUDA where there is one.
+        out: folder for the lines and the plot, new or empty; default below runs/.
+        seed: of all that is drawn.
+    """
+
+    quick: bool = False
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    out: Annotated[Path | None, shown("PATH")] = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be in [0, 2**63), got {self.seed}")
+
+    def settle(self, cuda: bool) -> "Options":
+        """The same with what the device decides filled in."""
+        return self
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+class Absent(Exception):
+    """Why a side has no figures here, in words."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison, ready to be timed, and what a call of it does.
+
+    Attributes:
+        call: timed.
+        repetitions: of the work within a call; the rest is of one repetition.
+        images: that it goes through; its figures are then images/s in the place of seconds.
+        flop: of arithmetic at `dtype`.
+        moved: bytes; where it is counted is the comment to a GB/s.
+        clock: None is the comparison's.
+        more: for its line.
+    """
+
+    call: Call
+    repetitions: int = 1
+    images: int = 0
+    flop: float = 0
+    dtype: torch.dtype = torch.float32
+    moved: float = 0
+    clock: Timer | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def interleave(
-    sides: Mapping[str, Callable[[], object]],
+    sides: Mapping[Any, Any],
     device: torch.device,
     *,
     seconds: float,
     rounds: tuple[int, int] = (5, 1000),
     warmup: int = 1,
-    timer: Callable[[Callable[[], object], torch.device], float] | None = None,
-    after_round: Callable[[float], None] | None = None,
-) -> dict[str, list[float]]:
-    """Time the sides of a comparison against each other in one run.
+    timer: Callable[[Any, torch.device], float] | None = None,
+    after_round: Callable[[float], object] | None = None,
+) -> dict[Any, list[float]]:
+    """Seconds of each call, by side, all sides in one run.
 
     Every round calls each side once, in an order drawn anew, so that a machine that slows down
     slows all sides; the n-th values of two sides are a pair.
 
     Args:
-        sides: what to call, by name.
+        sides: what the timer calls, by name.
         device: waited for around each call.
         seconds: start no round after these.
         rounds: at least and at most so many.
         warmup: rounds before the first that counts.
         timer: seconds that one call takes; None is `wall`.
         after_round: told the share of the time that has gone, in [0, 1].
-
-    Returns:
-        Seconds of each call, by side.
     """
     timer = timer or wall
     order = list(sides)
@@ -58,7 +140,7 @@ def interleave(
     for _ in range(warmup):
         for name in order:
             timer(sides[name], device)
-    values: dict[str, list[float]] = {name: [] for name in sides}
+    values: dict[Any, list[float]] = {name: [] for name in sides}
     began = time.perf_counter()
     for number in range(rounds[1]):
         gone = time.perf_counter() - began
@@ -73,7 +155,7 @@ def interleave(
     return values
 
 
-def wall(call: Callable[[], object], device: torch.device) -> float:
+def wall(call: Call, device: torch.device) -> float:
     """Seconds by the clock until the call's work is done, on the host and on the device."""
     synchronize(device)
     start = time.perf_counter()
@@ -82,12 +164,12 @@ def wall(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def on_device(call: Callable[[], object], device: torch.device) -> float:
+def on_device(call: Call, device: torch.device) -> float:
     """Seconds that the device works for a call, without what the host takes to launch it.
 
     On a GPU the call is queued behind a backlog of a few milliseconds, so that its kernels follow
     each other without gaps; a call that makes the host wait is timed with that wait in it. On a
-    CPU it is `wall`.
+    CPU it is `wall`. (`triton.testing.do_bench` times the launches of small kernels as well.)
     """
     if device.type != "cuda":
         return wall(call, device)
@@ -107,35 +189,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def spread(values: Sequence[float]) -> dict[str, float | int]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median with the 20th and 80th percentile (interpolated), and how many values they are of."""
-    ordered = sorted(values)
-
-    def quantile(share: float) -> float:
-        position = share * (len(ordered) - 1)
-        below = math.floor(position)
-        above = min(below + 1, len(ordered) - 1)
-        return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-    return {
-        "median": statistics.median(ordered),
-        "p20": quantile(0.2),
-        "p80": quantile(0.8),
-        "count": len(ordered),
-    }
-
-
-def rates(values: Sequence[float], work: float) -> dict[str, float | int]:
-    """The spread of work per second, of seconds that each took; p20 is the slow end."""
-    return spread([work / value for value in values])
+    p20, p80 = np.quantile(values, (0.2, 0.8)).tolist()
+    return {"median": statistics.median(values), "p20": p20, "p80": p80, "count": len(values)}
 
 
 def difference(with_it: Sequence[float], without: Sequence[float]) -> dict[str, float]:
     """What one side takes longer than the other: the median of the paired differences.
-
-    Args:
-        with_it: of `interleave`.
-        without: the other side of the same rounds.
 
     Returns:
         median, and the ends low and high of its interval of at least 95% confidence: order
@@ -155,169 +216,490 @@ def difference(with_it: Sequence[float], without: Sequence[float]) -> dict[str, 
     return {"median": statistics.median(differences), "low": low, "high": high}
 
 
-def limits(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> dict[str, float]:
-    """The most the device can do, measured now.
-
-    Args:
-        device: measured.
-        dtype: of the matrices.
-        seconds: spent on each of the two, about.
-
-    Returns:
-        copy_bytes_per_second: of a device-to-device copy far larger than the cache, bytes read plus
-            bytes written; matmul_flops_per_second: of a square matrix product. Each is the best of
-            the repetitions: a limit is what was possible.
-    """
-    cuda = device.type == "cuda"
-    size = 2**30 if cuda else 2**28
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    side = 8192 if cuda else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    best = {}
-    for name, work, call in (
-        ("copy_bytes_per_second", 2 * size, lambda: target.copy_(source)),
-        ("matmul_flops_per_second", 2 * side**3, lambda: torch.mm(a, b, out=product)),
-    ):
-        took = interleave(
-            {name: call}, device, seconds=seconds, rounds=(3, 200), warmup=2, timer=on_device
-        )
-        best[name] = work / min(took[name])
-    return best
+def said(error: Exception) -> str:
+    """Why a side has no figures, in a line."""
+    if isinstance(error, Absent):
+        return str(error)
+    if is_out_of_memory(error):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {reason(error)}"
 
 
-def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
-    """What a reader of a benchmark's figures must know.
+class Bench:
+    """One run of a benchmark: its lines, in a file that is whole after each of them.
 
-    Args:
-        options: of a line, with load_average, of others before the benchmark began, and cores.
-        quick: of the line.
-    """
-    said = ["a --quick run: too short to quote"] if quick else []
-    load, cores = options["load_average"], options["cores"]
-    if load > cores / 2:
-        busy = f"load average {figures(load)} of {cores} cores"
-        said.append(f"the machine is busy: {busy}: it is faster than these figures")
-    return said
-
-
-class Lines:
-    """The lines of one benchmark, in a file that is whole after each of them.
-
-    Args:
-        path: of the .jsonl file; its folder is made. An existing file is replaced.
-        benchmark: its name.
-        device: measured.
-        options: the benchmark's settings, as JSON types, without places.
-        quick: whether the figures are too short to quote.
-
-    Raises:
-        UserError: the file cannot be written.
+    Attributes:
+        lines: so far.
+        limits: the most that the device can do, of `measure_limits`: B/s under "copy", FLOP/s under
+            a dtype.
     """
 
     def __init__(
-        self,
-        path: Path,
-        benchmark: str,
-        device: torch.device,
-        options: Mapping[str, Any],
-        *,
-        quick: bool,
+        self, path: Path, device: torch.device, options: Mapping[str, Any], say: Say, quick: bool
     ) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        self._benchmark, self._quick = benchmark, quick
+        self.path, self.device, self.say, self.quick = path, device, say, quick
+        self.lines: list[Line] = []
+        self.limits: dict[Any, float] = {}
+        self.options = dict(options)
         self._of = {
-            "options": dict(options),
+            "benchmark": path.stem.removesuffix("_bench"),
+            "complete": False,
+            "quick": quick,
+            "options": self.options,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             **record.provenance(device),
         }
+        self._cold: torch.Tensor | None = None
         record.make_folder(path.parent)
         self._write()  # what cannot be written is known before the measuring
+
+    def compare(
+        self,
+        part: str,
+        case: Mapping[str, Any],
+        sides: Mapping[Any, Callable[[], Side]],
+        *,
+        outer: str = "",
+        seconds: tuple[float, float] = (5.0, 0.3),
+        rounds: int = 5,
+        clock: Timer = wall,
+        cold: bool = False,
+    ) -> dict[Any, list[float]]:
+        """Make the sides, time them interleaved and write a row of each; one that fails is absent.
+
+        Args:
+            part: the table that they are rows of.
+            case: what was measured; the side's name is added.
+            sides: what makes each; it raises `Absent` where it cannot be had or does other work.
+            outer: what the first part of a side's name is, where that is a pair: "form", say.
+            seconds: to spend, and of a quick run.
+            rounds: at least so many; in a quick run three.
+            clock: of the sides that have none of their own.
+            cold: read more than the caches hold before each call, as the rest of a step would.
+
+        Returns:
+            Seconds of a repetition in each round, by side, of those that got through.
+        """
+        ready: dict[Any, Side] = {}
+        failed: dict[Any, str] = {}
+        label = f"{part:10} {words(case)}"
+        with progress(label) as done:
+            for name, make in sides.items():
+                try:
+                    ready[name] = make()
+                except Exception as error:  # of whichever side: its row says what
+                    failed[name] = said(error)
+
+            def timer(name: Any, device: torch.device) -> float:
+                if name in failed:
+                    return math.nan  # it does nothing more, so that the others go on
+                if cold:
+                    self._sweep()
+                side = ready[name]
+                try:
+                    return (side.clock or clock)(side.call, device) / side.repetitions
+                except Exception as error:
+                    failed[name] = said(error)
+                    return math.nan
+
+            took = interleave(
+                {name: name for name in ready},
+                self.device,
+                seconds=seconds[self.quick],
+                rounds=(3 if self.quick else rounds, 1000),
+                timer=timer,
+                after_round=done,
+            )
+        cells = []
+        for name in sides:
+            of = {**case, **({outer: name[0], "side": name[1]} if outer else {"side": name})}
+            if name in failed:
+                line = self.add_absent(part, of, failed[name])
+            else:
+                line = self._add_side(part, of, ready[name], took[name])
+            cells.append(f"{', '.join(name) if outer else name} {cell(line)}")
+        self.say(f"{label}: {'; '.join(cells)}")
+        return {name: values for name, values in took.items() if name not in failed}
+
+    def compare_pair(
+        self,
+        part: str,
+        case: Mapping[str, Any],
+        sides: Mapping[str, Callable[[], Side]],
+        **how: Any,
+    ) -> dict[str, list[float]]:
+        """`compare` of two sides, and a row of what the first takes more than the second.
+
+        That row has the median of the paired differences, and its 95% interval from low to high.
+        """
+        took = self.compare(part, case, sides, **how)
+        of = {**case, "side": DIFFERENCE}
+        if len(took) < 2:
+            self.add_absent(part, of, f"{' or '.join(sides)} is absent")
+            return took
+        first, second = (took[name] for name in sides)
+        gap = difference(first, second)
+        base = statistics.median(second) / 100
+        more = {f"{end}_seconds": gap[end] for end in ("low", "high")}
+        more |= {f"{name}_percent": value / base for name, value in gap.items()}
+        line = self.add(part, of, "s", {"median": gap["median"], "count": len(first)}, more)
+        self.say(f"{part:10} {words(of)}: {cell(line)}")
+        return took
 
     def add(
         self,
         part: str,
         case: Mapping[str, Any],
-        unit: str,
-        figures: Mapping[str, float | int],
-        more: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Write a row of figures, and return its line.
-
-        Args:
-            part: the table that it is a row of.
-            case: what was measured.
-            unit: of the figures.
-            figures: from `spread` or `rates`.
-            more: further figures; one that is not finite becomes null.
-        """
-        return self._add(part, case, unit, figures, more, None)
-
-    def add_absent(self, part: str, case: Mapping[str, Any], why: str) -> dict[str, Any]:
-        """Write a row that has no figures, with the reason in one line."""
-        return self._add(part, case, None, {}, None, why)
-
-    @contextmanager
-    def kept_if_stopped(self, draw: Callable[[], object] | None = None) -> Iterator[None]:
-        """Say of a benchmark that a signal stops within the block how many rows it leaves.
-
-        Args:
-            draw: a plot of the rows there are.
-
-        Raises:
-            Interrupted: by the signal.
-        """
-        try:
-            yield
-        except Interrupted as stop:
-            with suppress(Interrupted, UserError):  # of a second signal, of a full disk
-                if draw is not None:
-                    draw()
-            kept = f"{len(self.lines)} rows are kept in {self.path}"
-            raise Interrupted(stop.number, f"stopped; {kept}") from None
-
-    def finish(self) -> None:
-        """Say of each line that the benchmark ended as it should."""
-        for line in self.lines:
-            line["complete"] = True
-        self._write()
-
-    def _add(
-        self,
-        part: str,
-        case: Mapping[str, Any],
         unit: str | None,
-        figures: Mapping[str, float | int],
-        more: Mapping[str, Any] | None,
-        absent: str | None,
-    ) -> dict[str, Any]:
-        line = {
-            "benchmark": self._benchmark,
-            "part": part,
-            "case": dict(case),
-            "unit": unit,
-            **{name: _finite(figures.get(name)) for name in ("median", "p20", "p80", "count")},
-            "more": {name: _finite(value) for name, value in (more or {}).items()},
-            "absent": absent,
-            "complete": False,
-            "quick": self._quick,
+        values: Mapping[str, Any],
+        more: Mapping[str, Any] | None = None,
+        absent: str | None = None,
+    ) -> Line:
+        """Write a row of figures; what is not finite becomes null."""
+        line = Line(
+            part=part,
+            case=dict(case),
+            unit=unit,
+            **{name: _finite(values.get(name)) for name in ("median", "p20", "p80", "count")},
+            more={name: _finite(value) for name, value in (more or {}).items()},
+            absent=absent,
             **self._of,
-        }
-        assert tuple(line) == LINE
+        )
         self.lines.append(line)
         self._write()
         return line
 
+    def add_absent(self, part: str, case: Mapping[str, Any], why: str) -> Line:
+        """Write a row that has no figures, with the reason in one line."""
+        return self.add(part, case, None, {}, absent=why)
+
+    def find(self, part: str, **case: object) -> Line | None:
+        """The row of figures of a part whose case has these values; None if it is absent."""
+        for line in self.lines:
+            if line.part == part and line.absent is None and case.items() <= line.case.items():
+                return line
+        return None
+
+    def measure_limits(self, *dtypes: torch.dtype) -> None:
+        """Rows of part "limits", the best of the repetitions: a limit is what was possible.
+
+        Arithmetic is the higher of a matrix product and a 3x3 convolution in channels_last, as on
+        some processors torch's convolutions come from a better library. On a GPU float32 runs in
+        TF32, as torch's convolutions do by default.
+        """
+        cuda = self.device.type == "cuda"
+        size = 2**30 if cuda else 2**27  # bytes, far larger than the caches
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        self._limit("copy", "copy", "B/s", 2 * size, lambda: target.copy_(source))
+        for dtype in dtypes:
+            name, n = str(dtype).removeprefix("torch."), 8192 if cuda else 1024
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            images = torch.randn(512 if cuda else 32, 256, 16, 16, device=self.device).to(dtype)
+            images = images.contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(256, 256, 3, 3, device=self.device).to(dtype)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            of_conv = 2 * images.numel() * 256 * 9
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high" if cuda else before)
+            try:
+                for what, flop, call in (
+                    ("matrix product", 2 * n**3, partial(torch.mm, a, b)),
+                    ("convolution", of_conv, partial(torch.conv2d, images, weight, padding=1)),
+                ):
+                    self._limit(dtype, f"{name} {what}", "FLOP/s", flop, call)
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+    def _limit(self, key: Any, what: str, unit: str, work: float, call: Call) -> None:
+        seconds = 0.1 if self.quick else 1.0
+        how: Any = {"seconds": seconds, "rounds": (3, 200), "warmup": 2, "timer": on_device}
+        rate = work / min(interleave({what: call}, self.device, **how)[what])
+        self.limits[key] = max(rate, self.limits.get(key, 0.0))
+        line = self.add("limits", {"limit": what}, unit, {"median": rate, "count": 1})
+        self.say(f"{'limits':10} {what}: {cell(line)}")
+
+    def finish(self) -> None:
+        """Say of each line that the benchmark ended as it should."""
+        self.lines = [replace(line, complete=True) for line in self.lines]
+        self._write()
+
+    def _add_side(
+        self, part: str, case: Mapping[str, Any], side: Side, values: Sequence[float]
+    ) -> Line:
+        took, more = statistics.median(values), dict(side.more)
+        if side.flop:
+            more["TFLOP/s"] = side.flop / took / 1e12
+            if side.dtype in self.limits:
+                more["compute_limit_percent"] = 100 * side.flop / took / self.limits[side.dtype]
+        if side.moved:
+            more |= {"moved_bytes": side.moved, "moved_GB/s": side.moved / took / 1e9}
+            if "copy" in self.limits:
+                more["copy_limit_percent"] = 100 * side.moved / took / self.limits["copy"]
+        if side.images:
+            rates = spread([side.images / value for value in values])
+            return self.add(part, case, "images/s", rates, more)
+        return self.add(part, case, "s", spread(values), more)
+
+    def _sweep(self) -> None:
+        # Read, not written: lines to write back would take of the bandwidth that is measured.
+        if self._cold is None:
+            size = 2**27  # bytes, above the last cache of most CPUs
+            if self.device.type == "cuda":
+                size = 4 * torch.cuda.get_device_properties(self.device).L2_cache_size
+            self._cold = torch.zeros(size // 4, device=self.device)
+        self._cold.sum()
+
     def _write(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        text = "".join(json.dumps(asdict(line)) + "\n" for line in self.lines)
         write_atomically(self.path, text.encode())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a benchmark's file, as objects."""
-    return [asdict(line) for line in schema.read_lines(path)]
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float], object]]:
+    """A bar on a terminal, and nothing elsewhere; yields what takes the share that is done."""
+    shape: Any = {"bar_format": "{desc} {bar} {percentage:3.0f}%", "file": sys.stdout}
+    plain = not sys.stdout.isatty()
+    with tqdm(total=1.0, desc=what, disable=plain, leave=False, **shape) as bar:
+        yield lambda share: bar.update(share - bar.n)
+
+
+def main(
+    kind: type[OptionsT],
+    name: str,
+    measure: Callable[[Bench, OptionsT], None],
+    titles: Mapping[str, str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a benchmark's command line; returns the exit code.
+
+    Args:
+        kind: its options.
+        name: of its script and of its file of lines.
+        measure: writes the rows.
+        titles: of its parts, in the order of the tables.
+        arguments: None is the command line's.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def body(_: object, say: Say) -> None:
+        options = parse(kind, given, f"python bench/{name}.py", kind())
+        load = os.getloadavg()[0]  # of others: our own work begins below
+        device = find_device(options.device)
+        options = options.settle(device.type == "cuda")
+        folder = options.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = folder.expanduser()
+        record.make_folder(folder)
+        record.check_empty(folder)
+        asked = {key: value for key, value in asdict(options).items() if key != "out"}
+        asked |= {"load_average": load, "cores": os.cpu_count() or 1}
+        bench = Bench(folder / f"{name}.jsonl", device, asked, say, options.quick)
+        plot = folder / f"{name}.png"
+        torch.backends.cudnn.benchmark = True  # as the trainer has it
+        say(f"{'device':10} {where(bench.lines, device)}: all figures are of it")
+        for caution in cautions(asked, options.quick):
+            say(f"WARNING: {caution}")
+        try:
+            measure(bench, options)  # type: ignore[arg-type]
+            bench.finish()
+        except Interrupted as stop:
+            with suppress(Interrupted, UserError):  # of a second signal, of a full disk
+                draw(bench.lines, titles, plot)
+            kept = f"{len(bench.lines)} rows are kept in {bench.path}"
+            raise Interrupted(stop.number, f"stopped; {kept}") from None
+        for line in tables(bench.lines, titles):
+            say(line)
+        drawn = draw(bench.lines, titles, plot)
+        say(f"written    {folder}: {name}.jsonl" + f", {plot.name}" * drawn)
+
+    return command(body, "ask for smaller sizes")
+
+
+def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
+    """What a reader of a benchmark's figures must know."""
+    said = ["a --quick run: too short to quote"] if quick else []
+    load, cores = options["load_average"], options["cores"]
+    if load > cores / 2:
+        busy = f"load average {figures(load)} of {cores} cores"
+        said.append(f"the machine is busy: {busy}: it is faster than these figures")
+    if options.get("source") == "synthetic":
+        said.append("SYNTHETIC images: $INFOBATCH_DATA names the folder of CIFAR-10")
+    return said
+
+
+def where(lines: Sequence[Line], device: torch.device | None = None) -> str:
+    """The device in words."""
+    about = record.describe(device) if device is not None else lines[0].device
+    return f"{about['name']} ({about['type']})"
+
+
+def words(case: Mapping[str, Any], without: Sequence[str] = ("side",)) -> str:
+    """A case in words: "r50, batch size 200, graph", numbers with their names."""
+    named = {name: value for name, value in case.items() if name not in without}
+    return ", ".join(
+        value if isinstance(value, str) else f"{name.replace('_', ' ')} {value:,}"
+        for name, value in named.items()
+    )
+
+
+def cell(line: Line) -> str:
+    """A row's figure as the tables have it: median, interval or shares of limits."""
+    if line.absent is not None:
+        return "absent"
+    assert line.median is not None
+    unit, more = line.unit, line.more
+    if unit == "s":
+        value = in_seconds(line.median)
+    else:
+        prefixes = (("T", 1e12), ("G", 1e9)) if unit in ("B/s", "FLOP/s") else ()
+        prefix, factor = next((p for p in prefixes if line.median >= p[1]), ("", 1))
+        value = f"{figures(line.median / factor)} {prefix}{unit}"
+    if line.case.get("side") == DIFFERENCE:
+        low, high = more.get("low_seconds"), more.get("high_seconds")
+        if low is None or high is None:
+            return f"{value} (too few pairs for an interval)"
+        share = f"; {figures(more['median_percent'])}%" if "median_percent" in more else ""
+        return f"{value} ({in_seconds(low)} to {in_seconds(high)}{share})"
+    beside = [f"{figures(more['TFLOP/s'])} TFLOP/s"] if "TFLOP/s" in more else []
+    beside += [f"{figures(v)}%" for name, v in more.items() if name.endswith("_percent")]
+    return f"{value} ({', '.join(beside)})" if beside else value
+
+
+def tables(lines: Sequence[Line], titles: Mapping[str, str]) -> list[str]:
+    """A Markdown table for each part, its sides as columns; then what is absent, and why."""
+    out: list[str] = []
+    for part, title in titles.items():
+        rows = [line for line in lines if line.part == part and line.absent is None]
+        if not rows:
+            continue
+        keys = list(dict.fromkeys(key for line in rows for key in line.case if key != "side"))
+        sides = list(dict.fromkeys(line.case.get("side", "") for line in rows))
+        cells: dict[tuple[str, ...], dict[str, str]] = {}
+        for line in rows:
+            of = tuple(_plain(line.case.get(key, "")) for key in keys)
+            cells.setdefault(of, {})[line.case.get("side", "")] = cell(line)
+        if len(sides) > max(3, len(cells)):  # more than lie side by side
+            heads = [
+                "",
+                *(", ".join(f"{k} {v}" for k, v in zip(keys, of, strict=True)) for of in cells),
+            ]
+            body = [[side, *(by.get(side, "-") for by in cells.values())] for side in sides]
+        else:
+            heads = [*keys, *sides]
+            body = [[*of, *(by.get(side, "-") for side in sides)] for of, by in cells.items()]
+        heads = [head.replace("_", " ") for head in heads]
+        left = 1 if heads[0] == "" else len(keys)
+        out += ["", f"## {title}", "", *markdown(heads, body, left=left)]
+    whys: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        if line.absent is not None and line.case.get("side") != DIFFERENCE:
+            side = f"{line.part}, {line.case['side']}" if "side" in line.case else line.part
+            whys.setdefault((line.absent, side), []).append(words(line.case))
+    missing = [
+        f"- {side}{f' of {of[0]}' if len(of) == 1 else f', {len(of)} rows'}: {why}"
+        for (why, side), of in whys.items()
+    ]
+    notes = cautions(lines[0].options, lines[0].quick) if lines else []
+    if missing:
+        out += ["", "## Absent", "", *missing]
+    return [*out, "", *(f"WARNING: {note}" for note in notes)]
+
+
+def _plain(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def draw(lines: Sequence[Line], titles: Mapping[str, str], path: Path) -> bool:
+    """Draw each part of the titles that has figures as a panel of a PNG.
+
+    Against N, where a part has several and each side one figure at each, else a point for each row:
+    medians, with the 20th to 80th percentile.
+
+    Returns:
+        Whether there was a row to draw.
+    """
+    panels = {}
+    for part, title in titles.items():
+        rows = [line for line in lines if line.part == part and line.absent is None]
+        if any(line.case.get("side") != DIFFERENCE for line in rows) and part != "limits":
+            panels[title] = rows
+    if not panels:
+        return False
+    heights = [2.6 if _curves(rows) else 0.8 + 0.22 * len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(11, 1.2 + sum(heights) + 0.5 * len(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        (_draw_curves if _curves(rows) else _draw_points)(axis, rows)
+        axis.set_title("\n".join(textwrap.wrap(title, 110)), fontsize=10, loc="left")
+    notes = cautions(lines[0].options, lines[0].quick)
+    notes += ["stopped midway"] * (not lines[0].complete)
+    heading = f"{lines[0].benchmark.capitalize()} on {where(lines)}"
+    figure.suptitle("\n".join([heading, *textwrap.wrap("; ".join(notes), 120)]), fontsize=11)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_atomically(path, content.getvalue())
+    return True
+
+
+def _curves(rows: Sequence[Line]) -> bool:
+    """Whether a part is drawn against N."""
+    cases = {tuple(v for k, v in row.case.items() if k not in ("samples", "side")) for row in rows}
+    return len(cases) == 1 and len({row.case.get("samples") for row in rows}) > 2
+
+
+def _draw_curves(axis: Axes, rows: Sequence[Line]) -> None:
+    sides = list(dict.fromkeys(row.case["side"] for row in rows))
+    for side, (colour, marker) in zip(sides, STYLES, strict=False):
+        mine = [row for row in rows if row.case["side"] == side]
+        x = [row.case["samples"] for row in mine]
+        low, middle, high = ([getattr(row, k) for row in mine] for k in ("p20", "median", "p80"))
+        axis.plot(x, middle, color=colour, marker=marker, label=side)
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.set(xscale="log", yscale="log", xlabel="samples N")
+    _unit(axis.yaxis, rows[0].unit)
+    axis.grid(which="major", alpha=0.3)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_points(axis: Axes, rows: Sequence[Line]) -> None:
+    sides = list(dict.fromkeys(row.case.get("side", "") for row in rows))
+    same = [key for key in rows[0].case if len({repr(row.case.get(key)) for row in rows}) == 1]
+    ends: list[float] = []
+    before = None
+    for number, row in enumerate(rows):
+        group = words(row.case)
+        if before not in (None, group):
+            axis.axhline(number - 0.5, color="#DDDDDD", linewidth=0.8)
+        before = group
+        at: Any = {"verticalalignment": "center", "fontsize": 8}
+        if row.case.get("side") == DIFFERENCE:
+            beside = axis.get_yaxis_transform()
+            axis.text(0.01, number, cell(row), transform=beside, fontweight="bold", **at)
+            continue
+        colour, marker = STYLES[sides.index(row.case.get("side", "")) % len(STYLES)]
+        middle = row.median or 0.0
+        low, high = row.p20 or middle, row.p80 or middle
+        ends += [low, high]
+        bars: Any = [[middle - low], [high - middle]]
+        axis.errorbar([middle], [number], xerr=bars, color=colour, marker=marker, capsize=3)
+        place: Any = {"xytext": (8, 0), "textcoords": "offset points"}
+        axis.annotate(cell(row), (high, number), **place, **at)
+    names = [words(row.case, same) for row in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    log = max(ends) > 8 * min(ends) > 0
+    axis.set_xscale("log" if log else "linear")
+    axis.set_xlim(min(ends) / 1.5 if log else 0, max(ends) * (6 if log else 1.45))
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    _unit(axis.xaxis, rows[0].unit)
+    axis.set_xlabel(words({key: rows[0].case[key] for key in same}), fontsize=8)
+
+
+def _unit(axis: Any, unit: str | None) -> None:
+    axis.set_major_formatter(EngFormatter(unit or "", sep=" "))
+    axis.set_tick_params(which="major", labelsize=8)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _finite(value: Any) -> Any:

@@ -1,161 +1,96 @@
 """How fast the kernels are, beside torch's own operations: `python bench/kernels_bench.py`.
 
-On CUDA each kernel at each size, against the operations of torch that stand in for it and against
-torch.compile of them (`kernels_cases.py`), after each side was shown to do what it must
-(`kernels_checks.py`): seconds, GB/s, and percent of the rate of a copy in the same run. GB/s of all
-sides are of the bytes that ours moves, so that they compare as seconds do. How it is timed, and how
-the caches are kept out of it: `kernels_timing.py`.
-
-On a CPU, where nothing stands for a GPU's time, what can be told there: launches and operations of
-each kernel and of whole training steps (`kernels_counts.py`), and an epoch's choosing beside
-numpy's (`kernels_host.py`).
+Each kernel at each size, after each side was shown to do what it must (`sides/kernels.py`):
+seconds, and GB/s as a share of a copy's rate in the same run. On a CPU the kernels are absent, and
+what is timed is what stands in for them.
 """
 
-import signal
+import gc
 import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
-    # What is measured is the checkout that this file lies in, not an installed copy.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
-import harness as measure
 import torch
-import tyro
-from harness import Lines
-from kernels_cases import launch_case, make_cases
-from kernels_host import measure_choosing, record_counts
-from kernels_report import draw, tables
-from kernels_step import resnet50_params
-from kernels_timing import Bench, measure_case, proven
-from tqdm import tqdm
+from harness import Bench, Options, main, shown
+from sides.kernels import (
+    EPOCH,
+    Case,
+    cross_entropy_case,
+    epoch_case,
+    kernel_sides,
+    lars_case,
+    record_case,
+)
 
-from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.report.text import figures
-from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Say, command, parse
-from infobatch_fast.train.loop import find_device
+from infobatch_fast.errors import UserError
 
-DEVICES = ("auto", "cuda", "cpu")
+TITLES = {
+    "epoch": "Kernels of an epoch of N samples (% of a copy's rate, for the bytes that ours move)",
+    "step": "Kernels of a training step (% of a copy's rate)",
+}
 LEAST, MOST = 1000, 2**31  # N: fewer samples are no shuffle that can be told from others
-GPU_SIZES = (50_000, 1_000_000, 1_280_000, 10_000_000, 100_000_000, 1_000_000_000)
-CPU_SIZES = (1_000_000, 10_000_000, 100_000_000)
-BATCHES = tuple((batch, classes) for batch in (200, 1024) for classes in (10, 100, 1000))
-OUT_OF_MEMORY = "lower --sizes"
+BATCHES = ((200, 10), (200, 100), (1024, 1000))  # B, C
 
 
 @dataclass(frozen=True)
-class Options:
-    """Time the kernels against torch's operations on a GPU; count what they launch on a CPU.
+class KernelsBench(Options):
+    """Time the Triton kernels against torch's operations: kernels_bench.jsonl and .png.
 
-    Without flags it takes up to three minutes on two CPU cores. Exit codes: 0 done; 2 a mistake in
-    the input, or no room; 130 or 143 stopped by a signal, with what was measured kept.
+    Exit codes: 0 done; 2 a mistake in the input; 130 or 143 stopped by a signal, with what was
+    measured kept.
 
     Attributes:
-        sizes: data set sizes N; default 50000 1000000 1280000 10000000 100000000 1000000000 on
-            CUDA, and 1000000 10000000 100000000 on a CPU, as far as memory and time allow.
-        quick: half a minute on a CPU: fewer sizes and rounds, figures too short to quote.
-        device: auto is CUDA where there is one.
-        out: folder for the results, new or empty; default runs/kernels-<time>.
-        seed: of scores, batches, parameters and models.
+        sizes: data set sizes N; default 50000 1280000 1000000000 on CUDA, 50000 1000000 on a CPU.
+        compiled: time torch.compile of torch's operations as well; some seconds more a row.
     """
 
-    sizes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...", help_behavior_hint="")] = ()
-    quick: bool = False
-    device: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DEVICES) + "}")] = "auto"
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    seed: int = 0
+    sizes: Annotated[tuple[int, ...], shown("N ...")] = ()
+    compiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise UserError(unknown_name("device", self.device, DEVICES))
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be in [0, 2**63), got {self.seed}")
+        super().__post_init__()
         for size in self.sizes:
             if not LEAST <= size <= MOST:
                 raise UserError(f"sizes must be in [{LEAST}, 2**31], got {size}")
 
-    def settle(self, cuda: bool) -> tuple[int, ...]:
-        """The sizes on a device, ascending."""
-        default = GPU_SIZES if cuda else CPU_SIZES
-        if self.quick:
-            default = default[: 2 if cuda else 1]
-        return tuple(sorted(set(self.sizes or default)))
+    def settle(self, cuda: bool) -> "KernelsBench":
+        """With the sizes."""
+        default = (50_000, 1_280_000, 1_000_000_000) if cuda else (50_000, 1_000_000)
+        return replace(self, sizes=tuple(sorted(set(self.sizes or default[: 3 - 2 * self.quick]))))
 
 
-def run(arguments: Sequence[str], say: Say) -> None:
-    """Measure what the command line asks for, and show it.
+def measure(bench: Bench, options: KernelsBench) -> None:
+    """Every kernel at every size."""
+    bench.measure_limits()
+    device, seed = bench.device, options.seed
 
-    Raises:
-        Interrupted, UserError: as they say.
-    """
-    options = parse(Options, arguments, "python bench/kernels_bench.py", Options())
-    load = os.getloadavg()[0]  # of others: our own work begins below
-    device = find_device(options.device)
-    sizes = options.settle(device.type == "cuda")
-    folder = options.out or Path("runs") / f"kernels-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = folder.expanduser()
-    record.make_folder(folder)
-    record.check_empty(folder)
-    asked = {**asdict(options), "sizes": sizes, "load_average": load, "cores": os.cpu_count() or 1}
-    del asked["out"]
-    lines = Lines(folder / "kernels_bench.jsonl", "kernels", device, asked, quick=options.quick)
-    name = f"{record.describe(device)['name']} ({device.type})"
-    say(f"{'device':10} {name}: all figures are of it")
-    warnings = [f"WARNING: {caution}" for caution in measure.cautions(asked, options.quick)]
-    for warning in warnings:
-        say(warning)
-    plot = folder / "kernels_bench.png"
-    bare = {"disable": not sys.stdout.isatty(), "file": sys.stdout, "leave": False}
-    with lines.kept_if_stopped(lambda: draw(lines.lines, name, plot)):
-        with tqdm(**bare, bar_format="{l_bar}{bar}| {elapsed}") as bar:
-            bench = Bench(device, lines, say, bar, options.quick, options.seed)
-            if device.type == "cuda":
-                measure_kernels(bench, sizes)
-            else:
-                record_counts(bench)
-                measure_choosing(bench, sizes, asked=bool(options.sizes))
-        lines.finish()
-        for line in tables(lines.lines):
-            say(line)
-        drawn = draw(lines.lines, name, plot)
-    for line in ["", *warnings, f"All figures are of {name}."]:
-        say(line)
-    say(f"They are in {lines.path}" + (f" and {plot}" if drawn else ""))
+    def compare(part: str, case: dict[str, object], build: Callable[[], Case]) -> None:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # cases of other sizes cannot use each other's memory
+        sides = kernel_sides(build, device, options.compiled)
+        bench.compare(part, case, sides, seconds=(1.0, 0.1), rounds=10, cold=True)
+
+    for batch, classes in BATCHES:
+        case = {"kernel": "cross_entropy", "batch_size": batch, "classes": classes}
+        compare("step", case, partial(cross_entropy_case, batch, classes, device, seed))
+    compare(
+        "step", {"kernel": "record", "batch_size": 200}, partial(record_case, 200, device, seed)
+    )
+    model = "r50" if device.type == "cuda" else "small"
+    compare("step", {"kernel": "lars", "model": model}, partial(lars_case, model, device, seed))
+    for samples in options.sizes:
+        for kernel in EPOCH:
+            case = {"kernel": kernel, "samples": samples}
+            compare("epoch", case, partial(epoch_case, kernel, samples, device, seed))
 
 
-def measure_kernels(bench: Bench, sizes: Sequence[int]) -> None:
-    """Rows of the parts "limits" and "kernels".
-
-    Args:
-        bench: whose rows they are.
-        sizes: N.
-    """
-    most = measure.limits(bench.device, torch.bfloat16, 0.3 if bench.quick else 1.0)
-    copy = most["copy_bytes_per_second"]
-    more = {"statistic": "best of the repetitions"}
-    bench.lines.add("limits", {"limit": "copy"}, "B/s", measure.spread([copy]), more)
-    bench.say(f"{'limit':10} copy: {figures(copy / 1e9)} GB/s, read and written")
-    params = cache(lambda: resnet50_params(bench.device, bench.seed))
-    kernels = proven(bench.device)
-    cases = make_cases(sizes, BATCHES, params, kernels, bench.device, bench.seed)
-    for case in (launch_case(bench.device), *cases):
-        measure_case(bench, case, copy)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return command(lambda interrupts, say: run(words, say), OUT_OF_MEMORY)
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return main(KernelsBench, "kernels_bench", measure, TITLES, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -1,201 +1,208 @@
-"""What pruning adds to training, alone and in whole steps: `python bench/overhead.py`.
+"""What pruning adds to training: `python bench/overhead.py`.
 
-The sides, all on the same scores and each checked once to do what InfoBatch does with them:
-
-- device: ours. `choose` gives the epoch's order and weights as tensors on the device, for a loader
-  there; it holds the epoch's one host sync. `update` is the rescaled mean, forward and backward,
-  and the record of the scores, as in the training step.
-- numpy: the same on the host. `choose` gives the order as an array, for a sampler on the host;
-  making a list of it, or a copy on the device, would come on top. `update` copies the losses to the
-  host and the weights to the device.
-- none: no pruning. `choose` shuffles all N on the device; `update` is the plain mean, forward and
-  backward. What pruning adds is the difference to this side.
-- original: the package `infobatch`, if installed. `choose` gives the Python list its sampler needs.
+First the headline: a step in the form that is trained with (on CUDA compiled and captured as a
+graph, on a CPU eager) with InfoBatch and without, interleaved, tens of steps a call on a GPU. Then
+its parts alone: choosing an epoch, and an update with a batch, beside the original package's way
+in numpy and beside no pruning (`sides/pruning.py`); what they make of an epoch; and telemetry.
 
 Clocks: "wall" is until the work is done on host and device. On a GPU there is also "device": what
-the device takes behind a backlog, the waits of a call that waits for the host included. What such a
-wait costs the steps around it is in neither. Before each call a buffer larger than the caches is
-written, as the rest of a step or epoch would: with warm caches an update took a sixth of the time
-on a CPU, and the whole steps contradicted it.
+the device takes behind a backlog. Before each call more than the caches hold is read, as the rest
+of a step or epoch would: with warm caches an update took a sixth of the time on a CPU, and the
+whole steps contradicted it.
 
 Dimensions: N samples, K kept in an epoch, B batch.
 """
 
-import signal
+import math
 import sys
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Literal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
-    # What is measured is the checkout that this file lies in, not an installed copy.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
-from typing import Annotated
-
-import harness as measure
 import torch
-import tyro
-from harness import Lines
-from overhead_parts import Bench, measure_alone, measure_epoch, measure_steps, measure_telemetry
-from overhead_report import draw, tables
-from overhead_sides import Setting, Steps, lack_of_memory, least_size, sure_to_keep
-from tqdm import tqdm
+from harness import Bench, Options, Side, Timer, main, on_device, said, shown, wall
+from sides import pruning
+from sides.steps import FORMS, Form, WithAndWithout
 
-from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Say, command, is_out_of_memory, parse
-from infobatch_fast.train.loop import find_device
-from infobatch_fast.train.models import MODELS
+from infobatch_fast import InfoBatch
+from infobatch_fast.errors import UserError
+from infobatch_fast.telemetry.nvml import Nvml
+from infobatch_fast.telemetry.phases import Phases
 
-DEVICES = ("auto", "cuda", "cpu")
-OUT_OF_MEMORY = "lower --batch-size or --sizes, or take a smaller --model"
+TITLES = {
+    "step": "A training step with InfoBatch and without; their difference, with its 95% interval",
+    "epoch": "Choosing and updates of a pruned epoch (% of that epoch's steps, of a full epoch's); "
+    "reported of one A100: 1.03 s (2.3%, 1.5%)",
+    "choose": "Choosing an epoch: threshold, choice and shuffle of N samples",
+    "update": "Update with a batch: rescaled mean, backward, record",
+    "telemetry": "Telemetry: phases and NVML's sampler on and off, a step; claimed is below 1%",
+}
 
 
 @dataclass(frozen=True)
-class Options:
-    """Measure what pruning adds to training, and write overhead.jsonl and overhead.png.
+class Overhead(Options):
+    """Measure what pruning adds to training: overhead.jsonl and overhead.png.
 
-    Exit codes: 0 done; 2 a mistake in the input, or no room; 130 or 143 stopped by a signal, with
-    what was measured kept.
+    Exit codes: 0 done; 2 a mistake in the input; 130 or 143 stopped by a signal, with what was
+    measured kept.
 
     Attributes:
-        sizes: data set sizes N; default 50000 1000000 1280000 10000000, and 100000000 on CUDA.
-        quick: half a minute: fewer sizes and rounds, figures too short to quote.
-        device: auto is CUDA where there is one.
-        out: folder for the results, new or empty; default runs/overhead-<time>.
+        sizes: data set sizes N; default 50000 1280000 10000000.
         batch_size: samples a step.
         model: of the whole steps; default small on a CPU, r50 on CUDA.
         ratio: share of the well-learned samples that an epoch leaves out, in (0, 1).
-        seed: of the scores, the plans and the model.
     """
 
-    sizes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...", help_behavior_hint="")] = ()
-    quick: bool = False
-    device: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(DEVICES) + "}")] = "auto"
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    sizes: Annotated[tuple[int, ...], shown("N ...")] = ()
     batch_size: int = 200
     model: Annotated[
-        str | None, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}", help_behavior_hint="")
+        Literal["small", "r18", "r34", "r50", "r101"] | None,
+        shown("{small,r18,r34,r50,r101}"),
     ] = None
     ratio: float = 0.5
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, known in (("device", self.device, DEVICES), ("model", self.model, MODELS)):
-            if value is not None and value not in known:
-                raise UserError(unknown_name(name, value, known))
+        super().__post_init__()
         if not 0 < self.ratio < 1:
             raise UserError(f"ratio must be in (0, 1), got {self.ratio}")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must be in [0, 2**63), got {self.seed}")
-        if self.sizes and min(self.sizes) < 1:
-            raise UserError(f"sizes must be at least 1, got {min(self.sizes)}")
-        most = sure_to_keep(50_000, self.ratio)
-        if not self.sizes and self.batch_size > most:
+        least = math.ceil(self.batch_size / (1 - self.ratio))  # a whole batch in every epoch
+        if min(self.sizes or (50_000,)) < least:
             raise UserError(
-                f"batch_size must be at most {most}, the samples that an epoch of the smallest "
-                f"size is sure to keep, got {self.batch_size}"
-            )
-        least = least_size(self.batch_size, self.ratio)
-        if self.sizes and min(self.sizes) < least:
-            raise UserError(
-                f"sizes must be at least {least} with batch_size {self.batch_size} and ratio "
-                f"{self.ratio}, for a whole batch in every epoch, got {min(self.sizes)}"
+                f"sizes must be at least {least} at batch_size {self.batch_size} and ratio "
+                f"{self.ratio}, got {min(self.sizes or (50_000,))}"
             )
 
-    def settle(self, cuda: bool) -> Setting:
-        """What they ask for on a device."""
-        sizes = (50_000, 1_000_000)
-        if not self.quick:
-            sizes += (1_280_000, 10_000_000) + ((100_000_000,) if cuda else ())
-        return Setting(
-            sizes=tuple(sorted(set(self.sizes or sizes))),
-            quick=self.quick,
-            batch_size=self.batch_size,
-            model=self.model or ("r50" if cuda else "small"),
-            ratio=self.ratio,
-            seed=self.seed,
-        )
+    def settle(self, cuda: bool) -> "Overhead":
+        """With sizes and model."""
+        sizes = (50_000,) if self.quick else (50_000, 1_280_000, 10_000_000)
+        model = self.model or ("r50" if cuda else "small")
+        return replace(self, sizes=tuple(sorted(set(self.sizes or sizes))), model=model)
 
 
-def run(arguments: Sequence[str], say: Say) -> None:
-    """Measure what the command line asks for, and show it.
-
-    Raises:
-        Interrupted, UserError: as they say.
-    """
-    options = parse(Options, arguments, "python bench/overhead.py", Options())
-    load = os.getloadavg()[0]  # of others: our own work begins below
-    device = find_device(options.device)
-    setting = options.settle(device.type == "cuda")
-    for side in ("device", "none"):
-        lack = lack_of_memory(side, setting.training_size, device)
-        if lack is not None:
-            raise UserError(f"sizes must hold one that fits, got {setting.training_size}: {lack}")
-    folder = options.out or Path("runs") / f"overhead-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = folder.expanduser()
-    record.make_folder(folder)
-    record.check_empty(folder)
-    asked = {**asdict(options), **asdict(setting)}
-    asked |= {"load_average": load, "cores": os.cpu_count() or 1}
-    del asked["out"]
-    lines = Lines(folder / "overhead.jsonl", "overhead", device, asked, quick=options.quick)
-    name = _device_name(device)
-    say(f"{'device':10} {name}: all figures are of it")
-    warnings = [f"WARNING: {caution}" for caution in measure.cautions(asked, options.quick)]
-    for warning in warnings:
-        say(warning)
-    plot = folder / "overhead.png"
-    bare = {"disable": not sys.stdout.isatty(), "file": sys.stdout, "leave": False}
-    with lines.kept_if_stopped(lambda: draw(lines.lines, name, plot)):
-        with tqdm(**bare, bar_format="{l_bar}{bar}| {elapsed}") as bar:
-            bench = Bench(setting, device, lines, say, bar)
-            measure_alone(bench)
-            _measure_whole(bench)
-        lines.finish()
-        for line in tables(lines.lines):
-            say(line)
-        drawn = draw(lines.lines, name, plot)
-    for line in ["", *warnings, f"All figures but the reported ones are of {name}."]:
-        say(line)
-    say(f"They are in {lines.path}" + (f" and {plot}" if drawn else ""))
+def measure(bench: Bench, options: Overhead) -> None:
+    """All parts, the headline first."""
+    samples = 50_000 if 50_000 in options.sizes else options.sizes[0]
+    cuda = bench.device.type == "cuda"
+    forms = {"captured": FORMS["graph"], "eager": FORMS["amp"]} if cuda else {"eager": CPU_FORM}
+    trained = {name: measure_step(bench, options, samples, name, forms[name]) for name in forms}
+    for n in options.sizes:
+        measure_alone(bench, options, n)
+    for name, pair in trained.items():
+        if pair is not None:
+            measure_epoch(bench, options, samples, name, pair.kept)
+    if (pair := next(iter(trained.values()))) is not None:
+        measure_telemetry(bench, pair, next(iter(trained)))
 
 
-def _measure_whole(bench: Bench) -> None:
-    """The parts with whole steps; memory that they do not find makes them absent."""
+CPU_FORM = Form(amp="off")  # of the preset `quick`
+
+
+def measure_step(
+    bench: Bench, options: Overhead, samples: int, name: str, form: Form
+) -> WithAndWithout | None:
+    """Steps with and without InfoBatch in one form."""
+    cuda = bench.device.type == "cuda"
+    optimizer = "lars" if cuda else "sgd"
+    case = {"form": name, "model": options.model, "batch_size": options.batch_size}
+    case |= {"precision": str(form.dtype).removeprefix("torch."), "optimizer": optimizer}
+    scores = pruning.draw_scores(samples, options.seed)
+    infobatch = InfoBatch(samples, 1, options.ratio, 1.0, options.seed, bench.device)
+    infobatch.scores.copy_(torch.from_numpy(scores))
+    how = (options.model or "", optimizer, form, infobatch, options.batch_size, options.seed)
     try:
-        steps = Steps(bench.setting, bench.device)
-        measure_steps(bench, steps)
-        measure_epoch(bench, steps.kept)
-        measure_telemetry(bench, steps)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        done = {line["part"] for line in bench.lines.lines}
-        case = {"samples": bench.setting.training_size, "batch_size": bench.setting.batch_size}
-        for part in ("step", "epoch", "telemetry"):
-            if part not in done:
-                bench.lines.add_absent(part, case, f"out of memory: {OUT_OF_MEMORY}")
+        pair = WithAndWithout(*how)
+    except Exception as error:  # no compiler, no capture, no memory: its row says what
+        bench.add_absent("step", case, why := said(error))
+        bench.say(f"{'step':10} {name}: {why}")
+        return None
+    count = (50 if form.graph else 20) if cuda else 1  # the host runs ahead of a GPU
+    sides = {side: partial(pair.side, side, count) for side in ("with", "without")}
+    bench.compare_pair("step", case, sides, seconds=(40.0, 1.5), rounds=10)
+    return pair
 
 
-def _device_name(device: torch.device) -> str:
-    about = record.describe(device)
-    if device.type == "cuda":
-        return f"{about['name']} (CUDA {about['cuda']}, driver {about['driver']})"
-    return f"{about['name']} (CPU, {about['threads']} thread{'s'[: about['threads'] > 1]})"
+def measure_alone(bench: Bench, options: Overhead, samples: int) -> None:
+    """Choosing and updates by each way to prune, shown to do the same work."""
+    scores = pruning.draw_scores(samples, options.seed)
+    random = torch.Generator(bench.device).manual_seed(options.seed)
+    losses = torch.empty(options.batch_size, device=bench.device).log_normal_(generator=random)
+    clocks: dict[str, Timer] = {"wall": wall}
+    if bench.device.type == "cuda":
+        clocks["device"] = on_device
+
+    def checked(name: str) -> pruning.Pruner:
+        new = partial(pruning.make_pruner, name, scores, options.ratio, options.seed, bench.device)
+        pruning.check(new(), scores, options.ratio if name != "none" else 0.0, losses)
+        return new()
+
+    def choose(name: str) -> Side:
+        return pruning.choose_side(checked(name), name, bench.device)
+
+    def update(name: str) -> Side:
+        return pruning.update_side(checked(name), losses)
+
+    for clock, timer in clocks.items():
+        for part, make, most in (("choose", choose, 6.0), ("update", update, 3.0)):
+            case = {"samples": samples, "clock": clock}
+            sides = {name: partial(make, name) for name in pruning.SIDES}
+            bench.compare(part, case, sides, seconds=(most, 0.3), clock=timer, cold=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return command(lambda interrupts, say: run(words, say), OUT_OF_MEMORY)
+def measure_epoch(bench: Bench, options: Overhead, samples: int, form: str, kept: int) -> None:
+    """What was measured alone, as a share of an epoch's steps without InfoBatch."""
+    step = bench.find("step", form=form, side="without")
+    clock = "device" if bench.device.type == "cuda" else "wall"
+    pruned, full = (math.ceil(n / options.batch_size) for n in (kept, samples))
+    for side in pruning.SIDES:
+        case = {"form": form, "samples": samples, "batch_size": options.batch_size, "side": side}
+        choose = bench.find("choose", samples=samples, side=side, clock="wall")
+        update = bench.find("update", samples=samples, side=side, clock=clock)
+        if not (step and choose and update):
+            bench.add_absent("epoch", case, "its choose, its update or the step is absent")
+            continue
+        plain, *parts = (line.median or 0.0 for line in (step, choose, update))
+        took = parts[0] + pruned * parts[1]
+        more = {"pruned_epoch_steps": pruned, "full_epoch_steps": full}
+        more |= {
+            "pruned_epoch_percent": 100 * took / (pruned * plain),
+            "full_epoch_percent": 100 * took / (full * plain),
+        }
+        bench.add("epoch", case, "s", {"median": took, "count": update.count}, more)
+
+
+def measure_telemetry(bench: Bench, pair: WithAndWithout, form: str) -> None:
+    """Steps with the phases and NVML's sampler on, and with both off.
+
+    On a GPU a call is long enough for several samples of the card; on a CPU, which has no sampler,
+    short, as its pace changes within seconds. The histogram of scores, one an epoch, is not in it.
+    """
+    line = bench.find("step", form=form, side="with")
+    if line is None:
+        return
+    cuda = bench.device.type == "cuda"
+    count = min(500, math.ceil(0.3 / (line.median or 1))) if cuda else 2
+
+    def sampled(call: Callable[[], object], device: torch.device) -> float:
+        with Nvml(device):  # it starts before the clock and ends after it
+            return wall(call, device)
+
+    sides = {
+        "on": lambda: replace(
+            pair.side("with", count, Phases(bench.device, enabled=True)), clock=sampled
+        ),
+        "off": lambda: pair.side("with", count),
+    }
+    case = {"form": form, "group_steps": count}
+    bench.compare_pair("telemetry", case, sides, seconds=(30.0, 1.0), rounds=6)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return main(Overhead, "overhead", measure, TITLES, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -13,14 +13,13 @@ _EXPORTS = {
     "InfoBatch": "infobatch",
     "Plan": "plan",
     "Batch": "plan",
-    "DaliLoader": "data.dali",
+    "DaliLoader": "data.loader",
     "TorchLoader": "data.loader",
 }
 __all__ = ["Batch", "DaliLoader", "InfoBatch", "Plan", "TorchLoader", "__version__"]
 
 if TYPE_CHECKING:
-    from infobatch_fast.data.dali import DaliLoader
-    from infobatch_fast.data.loader import TorchLoader
+    from infobatch_fast.data.loader import DaliLoader, TorchLoader
     from infobatch_fast.infobatch import InfoBatch
     from infobatch_fast.plan import Batch, Plan
 

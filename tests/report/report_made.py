@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import harness as measure
 import numpy as np
+
+from infobatch_fast.report.lines import Line
 
 SOURCE, OTHER_SOURCE = "5a" * 32, "c3" * 32
 CPU = {"type": "cpu", "name": "Test CPU", "threads": 1}
@@ -231,7 +233,7 @@ def write_lines(
         "packages": {"torch": "2.15.0"},
         "device": device or CPU,
     }
-    assert tuple(plain) == measure.LINE
+    assert tuple(plain) == tuple(field.name for field in fields(Line))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({**plain, **row}) + "\n" for row in rows))
     return path

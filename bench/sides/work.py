@@ -1,10 +1,8 @@
 """What a training step has to do for an image, counted and not timed: FLOP, and bytes moved.
 
-How: the network runs forward and backward once on fake tensors, which have shapes and dtypes but no
+The network runs forward and backward once on fake tensors, which have shapes and dtypes but no
 storage, while modes of torch's dispatcher see every operation, those of autograd included. The loss
 is in it; scoring and the optimizer are not.
-
-Dimensions: B batch.
 """
 
 from typing import Any, NamedTuple
@@ -38,11 +36,7 @@ class Work(NamedTuple):
 
 
 def work_an_image(
-    network: nn.Module,
-    batch_size: int,
-    shape: tuple[int, ...] = (3, 32, 32),
-    *,
-    amp: str = "off",
+    network: nn.Module, batch_size: int, shape: tuple[int, ...] = (3, 32, 32), *, amp: str = "off"
 ) -> Work:
     """Count a step of a batch, and divide by it: the weights are read once for all its images.
 
@@ -50,7 +44,7 @@ def work_an_image(
         network: in training mode, from images (B, *shape) to logits; it is not changed.
         batch_size: B.
         shape: of an image.
-        amp: off, bf16 or fp16, as of `TrainStep`.
+        amp: off, bf16 or fp16.
     """
     fake, flops, moved = FakeTensorMode(), FlopCounterMode(display=False), _Bytes()
     state = {
@@ -72,9 +66,7 @@ def work_an_image(
 class _Bytes(TorchDispatchMode):
     """Adds up the traffic of the operations within."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+    total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -88,12 +80,6 @@ def traffic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
     Batch norm reads the batch twice, for its sums and to apply them. The backward pass of a
     convolution reads its gradient twice where it is two products, of the input's gradient and of
     the weight's. No cache is taken to hold what the operation before has written.
-
-    Args:
-        func: of torch's dispatcher.
-        args: its arguments.
-        kwargs: more of them.
-        result: what it returned.
     """
     name = func._schema.name.removeprefix("aten::")
     if func.namespace != "aten" or func.is_view or name in _NOTHING:
