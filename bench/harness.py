@@ -218,7 +218,7 @@ def difference(with_it: Sequence[float], without: Sequence[float]) -> dict[str, 
 
 def said(error: Exception) -> str:
     """Why a side has no figures, in a line."""
-    if isinstance(error, Absent):
+    if isinstance(error, (Absent, UserError)):
         return str(error)
     if is_out_of_memory(error):
         return "out of memory"

@@ -13,13 +13,14 @@ _EXPORTS = {
     "InfoBatch": "infobatch",
     "Plan": "plan",
     "Batch": "plan",
-    "DaliLoader": "data.loader",
+    "DaliLoader": "data.dali",
     "TorchLoader": "data.loader",
 }
 __all__ = ["Batch", "DaliLoader", "InfoBatch", "Plan", "TorchLoader", "__version__"]
 
 if TYPE_CHECKING:
-    from infobatch_fast.data.loader import DaliLoader, TorchLoader
+    from infobatch_fast.data.dali import DaliLoader
+    from infobatch_fast.data.loader import TorchLoader
     from infobatch_fast.infobatch import InfoBatch
     from infobatch_fast.plan import Batch, Plan
 

@@ -8,7 +8,6 @@ compared, batch by batch, over a whole pass.
 Dimensions: N samples, K of them in a pass, B batch.
 """
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from harness import Absent, Side
 from torch import Tensor
 
 from infobatch_fast.data.dataset import Dataset
-from infobatch_fast.data.loader import DaliLoader, TorchLoader
+from infobatch_fast.data.loader import Loader, make_loader
 from infobatch_fast.plan import Plan
 
 PAD = 4
@@ -55,22 +54,20 @@ class Pass:
         return self.plan.indices.device
 
     @cached_property
-    def reference(self) -> "TorchLoader | DaliLoader":
+    def reference(self) -> Loader:
         """Our loader in plain torch, which every side is compared with."""
-        return self.make(TorchLoader)
+        return self.make("torch")
 
-    def make(self, kind: type) -> "TorchLoader | DaliLoader":
-        """One of our loaders."""
+    def make(self, kind: str) -> Loader:
+        """One of our loaders; raises UserError where DALI does not work."""
         data = self.data.to(self.device)
         options = {"mean": data.mean, "std": data.std, "seed": self.seed, "pad": PAD}
-        return kind(data.images, data.labels, self.batch_size, **options)
+        return make_loader(kind, data.images, data.labels, self.batch_size, **options)[0]
 
 
 def ours(kind: str, of: Pass) -> Callable[[], Batches]:
     """A pass of our loader: dali or torch."""
-    if kind == "dali" and importlib.util.find_spec("nvidia.dali") is None:
-        raise Absent("DALI is not installed")
-    epoch = (of.make(DaliLoader) if kind == "dali" else of.reference).epoch(of.plan)
+    epoch = (of.make("dali") if kind == "dali" else of.reference).epoch(of.plan)
     return lambda: ((images, labels) for images, labels, _ in epoch)
 
 

@@ -15,7 +15,7 @@ from harness import Absent, Side
 from torch import Tensor, nn
 
 from infobatch_fast import InfoBatch
-from infobatch_fast.data.loader import DaliLoader, TorchLoader
+from infobatch_fast.data.loader import Loader
 from infobatch_fast.plan import Batch, Plan
 from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.train.graph import GraphStep, obstacle
@@ -141,7 +141,7 @@ def make_lars(network: nn.Module, fused: bool | None) -> torch.optim.Optimizer:
 
 
 def trained_sides(
-    model: str, form: Form, loader: DaliLoader | TorchLoader, plan: Plan, steps: int, seed: int
+    model: str, form: Form, loader: Loader, plan: Plan, steps: int, seed: int
 ) -> dict[str, Callable[[], Side]]:
     """A network alone, on one batch that stays on the device, and the same fed by our loader."""
 
@@ -169,7 +169,7 @@ def trained_sides(
     }
 
 
-def feed(loader: DaliLoader | TorchLoader, plan: Plan, steps: int) -> Iterator[Fed]:
+def feed(loader: Loader, plan: Plan, steps: int) -> Iterator[Fed]:
     """The first batches of a plan, as an epoch of their own."""
     count = steps * loader.batch_size
     part = replace(plan, indices=plan.indices[:count], weights=plan.weights[:count])

@@ -1,9 +1,7 @@
 import gc
-import pickle
-import random
 import sys
 import weakref
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -14,40 +12,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infobatch_fast.data import loader as loader_module
 from infobatch_fast.data.augment import augmentation
-from infobatch_fast.data.loader import DaliLoader, TorchLoader, make_loader
+from infobatch_fast.data.loader import TorchLoader, make_loader
 from infobatch_fast.errors import UserError
-from infobatch_fast.infobatch import InfoBatch, Plan
+from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.plan import Plan
 from infobatch_fast.telemetry.syncs import host_syncs
 
 try:
-    import nvidia.dali
-
-    HAS_DALI = nvidia.dali.__version__ is not None
+    from infobatch_fast.data.dali import DaliLoader
 except ImportError:
-    HAS_DALI = False
+    DaliLoader: Any = None
 
-needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-either = pytest.mark.parametrize("kind", [TorchLoader, pytest.param(DaliLoader, marks=needs_dali)])
-
-PIXELS: dict[str, Any] = {
-    "mean": (0.0, 0.0, 0.0),
-    "std": (1 / 255, 1 / 255, 1 / 255),
-}  # output = pixel value
+needs_dali = pytest.mark.skipif(DaliLoader is None, reason="DALI is not installed")
+either = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(TorchLoader, id="torch"),
+        pytest.param(DaliLoader, marks=needs_dali, id="dali"),
+    ],
+)
+PIXELS: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # output = pixel value
 CIFAR: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors this small gain nothing from more, and lose seconds to them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def random_images(n, height=32, width=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def random_images(n, height=32, width=32):
+    generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=generator)
 
 
@@ -66,11 +55,11 @@ def label_of(ids):
     return ids * 31 % 101
 
 
-def numbered_images(n, height=8, width=8):
+def numbered_images(n, side=8):
     """Images of one colour, which spells their number: no crop or flip changes them."""
     ids = torch.arange(n)
     colours = torch.stack([ids % 256, ids // 256, ids * 13 % 256], 1).to(torch.uint8)
-    return colours[:, None, None, :].expand(n, height, width, 3).contiguous(), label_of(ids)
+    return colours[:, None, None, :].expand(n, side, side, 3).contiguous(), label_of(ids)
 
 
 def numbers_in(images):
@@ -82,7 +71,11 @@ def numbers_in(images):
     return torch.where(same, ids, -1)
 
 
-def assert_batches(batches, plan, batch_size, start_batch=0, count=None):
+def numbered(kind, n=500, batch_size=16):
+    return kind(*numbered_images(n), batch_size, **PIXELS)
+
+
+def assert_batches(batches, plan, batch_size=16, start_batch=0, count=None):
     """The batches are the plan's, from start_batch on: images, labels, indices and weights."""
     batches = list(batches)
     starts = list(range(0, len(plan), batch_size))[start_batch:][:count]
@@ -95,6 +88,10 @@ def assert_batches(batches, plan, batch_size, start_batch=0, count=None):
         assert torch.equal(batch.weights, weight_of(expected))
 
 
+def all_images(batches):
+    return torch.cat([images for images, _, _ in batches])
+
+
 def transformed(image, pad, y, x, flip):
     """The same augmentation by torchvision: (H, W, C) -> (C, H, W) uint8."""
     height, width, _ = image.shape
@@ -105,92 +102,80 @@ def transformed(image, pad, y, x, flip):
     return vision.hflip(chw) if flip else chw
 
 
-def all_images(batches):
-    return torch.cat([images for images, _, _ in batches])
-
-
 # Pixels
 
 
 @either
 def test_every_crop_and_flip_is_torchvisions(kind, monkeypatch):
-    table = [(y, x, flip) for y in range(9) for x in range(9) for flip in (False, True)]
-    y, x, flip = (torch.tensor(values) for values in zip(*table, strict=True))
+    table = list(product(range(9), range(9), (False, True)))
+    columns = [torch.tensor(values) for values in zip(*table, strict=True)]
     monkeypatch.setattr(
         loader_module,
         "augmentation",
-        lambda seed, epoch, start, stop, pad, device: (
-            y[start:stop],
-            x[start:stop],
-            flip[start:stop],
-        ),
+        lambda seed, epoch, start, stop, pad, device: [values[start:stop] for values in columns],
     )
-    images = random_images(162)
-    plan = random_plan(162, 162)
-    loader = kind(images, torch.arange(162), 50, **PIXELS)
-    out = all_images(loader.epoch(plan))
-    expected = torch.stack(
-        [transformed(images[i], 4, *crop) for i, crop in zip(plan.indices, table, strict=True)]
-    )
-    assert torch.equal(out.round(), expected.float())
-    torch.testing.assert_close(out, expected.float(), rtol=0, atol=1e-4)
+    images, plan = random_images(162), random_plan(162, 162)
+    out = all_images(kind(images, torch.arange(162), 50, **PIXELS).epoch(plan))
+    expected = [transformed(images[i], 4, *c) for i, c in zip(plan.indices, table, strict=True)]
+    torch.testing.assert_close(out, torch.stack(expected).float(), rtol=0, atol=1e-4)
 
 
 @either
 @pytest.mark.parametrize(
-    ("height", "width", "pad"),
-    [(32, 32, 4), (12, 20, 4), (20, 12, 3), (9, 7, 6), (8, 8, 0), (5, 6, 2), (1, 1, 0)],
+    ("height", "width", "pad"), [(32, 32, 4), (12, 20, 3), (20, 12, 4), (9, 7, 6), (1, 1, 0)]
 )
 def test_random_crops_are_torchvisions(kind, height, width, pad):
-    images = random_images(40, height, width)
+    images = random_images(40, width, height).permute(0, 2, 1, 3)  # not contiguous
     plan = random_plan(40, 33, epoch=2)
     loader = kind(images, torch.arange(40), 8, **PIXELS, pad=pad, seed=9)
-    out = all_images(loader.epoch(plan))
     crops = zip(*augmentation(9, 2, 0, 33, pad, "cpu"), strict=True)
-    expected = torch.stack(
-        [transformed(images[i], pad, *crop) for i, crop in zip(plan.indices, crops, strict=True)]
-    )
-    assert torch.equal(out.round(), expected.float())
+    expected = [transformed(images[i], pad, *c) for i, c in zip(plan.indices, crops, strict=True)]
+    for start in (0, 2):
+        batches = list(loader.epoch(plan, start))
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _, _ in batches)
+        assert torch.equal(all_images(batches).round(), torch.stack(expected[8 * start :]).float())
 
 
 @either
-def test_without_augmentation_the_images_come_as_they_are(kind):
-    images = random_images(30, 10, 12)
+def test_images_that_are_not_augmented_and_their_normalisation(kind):
+    images, plan = random_images(30, 10, 12), random_plan(30, 30)
     before = images.clone()
-    plan = random_plan(30, 30)
-    out = all_images(kind(images, torch.arange(30), 8, **PIXELS, augment=False).epoch(plan))
-    assert torch.equal(out.round(), images[plan.indices].permute(0, 3, 1, 2).float())
-    assert torch.equal(images, before)
-
-
-@either
-def test_normalisation_is_torchvisions(kind):
-    images = random_images(64)
-    plan = random_plan(64, 64)
-    out = all_images(kind(images, torch.arange(64), 64, **CIFAR, augment=False).epoch(plan))
+    out = all_images(kind(images, torch.arange(30), 8, **CIFAR, augment=False).epoch(plan))
     pixels = images[plan.indices].permute(0, 3, 1, 2).float() / 255
     expected = vision.normalize(pixels, list(CIFAR["mean"]), list(CIFAR["std"]))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
     assert out.dtype == torch.float32
+    assert torch.equal(images, before)
+
+
+@needs_dali
+@pytest.mark.parametrize("start", [0, 3, 11])
+def test_both_loaders_yield_the_same(start):
+    """Bit for bit the same pixels; DALI normalises by a fused product, off by a last digit."""
+    images, labels = random_images(100, 16, 16), torch.arange(100) % 10
+    plan, scale = random_plan(100, 93, epoch=4), torch.tensor(CIFAR["std"]).view(3, 1, 1) * 255
+    ours, dali = (kind(images, labels, 8, **CIFAR, seed=3) for kind in (TorchLoader, DaliLoader))
+    whole = list(dali.epoch(plan))[start:]
+    pairs = zip(dali.epoch(plan, start), whole, list(ours.epoch(plan))[start:], strict=True)
+    for mine, same, other in pairs:
+        assert torch.equal(mine[0], same[0])
+        torch.testing.assert_close(mine[0], other[0], rtol=0, atol=1e-6)
+        levels = [((x - x.amin()) * scale).round() for x in (mine[0], other[0])]
+        assert torch.equal(*levels)
+        for a, b in zip((mine[1], *mine[2]), (other[1], *other[2]), strict=True):
+            assert torch.equal(a, b)
 
 
 @either
-def test_batches_are_channels_last(kind):
-    chunk: dict[str, Any] = {} if kind is TorchLoader else {"chunk": 3}
-    loader = kind(random_images(20, 12, 9), torch.arange(20), 8, **CIFAR, **chunk)
-    for images, labels, _ in loader.epoch(random_plan(20, 20)):
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        assert images.shape[1:] == (3, 12, 9)
-        assert labels.dtype == torch.int64
-
-
-@either
-def test_images_that_are_not_contiguous(kind):
-    images = random_images(20).permute(0, 2, 1, 3)
-    plan = random_plan(20, 20)
-    loaders = [kind(x, torch.arange(20), 8, **PIXELS) for x in (images, images.contiguous())]
-    a, b = (all_images(loader.epoch(plan)) for loader in loaders)
-    assert torch.equal(a, b)
+def test_augmentation_changes_with_the_epoch_and_the_seed_alone(kind):
+    images, labels, order = random_images(64, 16, 16), torch.arange(64), random_plan(64, 64)
+    epochs = [Plan(e, 64, 0, order.indices, order.weights) for e in (0, 1)]
+    loader = kind(images, labels, 16, **CIFAR, seed=1)
+    first, other_epoch, again = (all_images(loader.epoch(epochs[e])) for e in (0, 1, 0))
+    other_seed = all_images(kind(images, labels, 16, **CIFAR, seed=2).epoch(epochs[0]))
+    assert torch.equal(first, again)
+    for other in (other_epoch, other_seed):
+        assert (first != other).flatten(1).any(1).float().mean() > 0.9
 
 
 @either
@@ -205,272 +190,168 @@ def test_more_than_two_gigabytes_of_images(kind):
     assert torch.equal(labels, plan.indices)
 
 
-# The same batches whatever the loader, its look-ahead and the start
-
-
-@needs_dali
-@pytest.mark.parametrize(
-    ("prefetch", "chunk", "threads"), [(1, 1, 1), (2, 1, 2), (3, 4, 1), (4, 5, 3)]
-)
-@pytest.mark.parametrize("start", [0, 3, 11])
-def test_both_loaders_yield_the_same(prefetch, chunk, threads, start):
-    images, labels = random_images(100, 16, 16), torch.arange(100) % 10
-    plan = random_plan(100, 93, epoch=4)
-    options = {**CIFAR, "seed": 3}
-    whole = list(TorchLoader(images, labels, 8, **options).epoch(plan))
-    dali = DaliLoader(images, labels, 8, **options, prefetch=prefetch, chunk=chunk, threads=threads)
-    exact = list(DaliLoader(images, labels, 8, **options).epoch(plan))
-    batches = list(dali.epoch(plan, start))
-    assert len(batches) == 12 - start
-    for mine, other, same in zip(batches, whole[start:], exact[start:], strict=True):
-        assert torch.equal(mine[0], same[0])
-        torch.testing.assert_close(mine[0], other[0], rtol=0, atol=1e-6)
-        assert torch.equal(mine[1], other[1])
-        assert torch.equal(mine[2].indices, other[2].indices)
-        assert torch.equal(mine[2].weights, other[2].weights)
-
-
-@either
-def test_augmentation_changes_with_the_epoch_and_the_seed_alone(kind):
-    images, labels = random_images(64, 16, 16), torch.arange(64)
-    order = random_plan(64, 64)
-    epochs = [Plan(e, 64, 0, order.indices, order.weights) for e in (0, 1)]
-    loader = kind(images, labels, 16, **CIFAR, seed=1)
-    first, other_epoch, again = (all_images(loader.epoch(epochs[e])).clone() for e in (0, 1, 0))
-    other_seed = all_images(kind(images, labels, 16, **CIFAR, seed=2).epoch(epochs[0]))
-    assert torch.equal(first, again)
-    for other in (other_epoch, other_seed):
-        assert (first != other).flatten(1).any(1).float().mean() > 0.9
-
-
-@either
-def test_global_generators_are_left_alone(kind):
-    before = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())
-    loader = kind(random_images(20), torch.arange(20), 8, **CIFAR)
-    batches = list(loader.epoch(random_plan(20, 20)))
-    assert len(batches) == 3
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    assert pickle.dumps(np.random.get_state()) == before[2]
-
-
 # Which sample is which, through every way to run and to leave an epoch
 
-LOOK_AHEAD = [
-    pytest.param(DaliLoader, {"prefetch": p, "chunk": c}, marks=needs_dali, id=f"dali-{p}-{c}")
-    for p, c in ((1, 1), (2, 1), (4, 1), (1, 5), (2, 3), (3, 2), (4, 5))
-]
-every = pytest.mark.parametrize(
-    ("kind", "ahead"), [pytest.param(TorchLoader, {}, id="torch"), *LOOK_AHEAD]
+
+@either
+@pytest.mark.parametrize(
+    ("n", "k", "batch_size"),
+    [(1, 1, 1), (1, 1, 8), (9, 9, 1), (500, 500, 16), (500, 160, 16), (500, 0, 16), (500, 33, 16)],
 )
+def test_epochs_of_any_length_from_any_batch(kind, n, k, batch_size):
+    loader = numbered(kind, n, batch_size)
+    for epoch, kept in enumerate((k, min(n, 17), k)):
+        plan = random_plan(n, kept, epoch)
+        batches = -(-kept // batch_size)
+        for start in sorted({0, 1, 7, batches} & set(range(batches + 1))):
+            assert len(loader.epoch(plan, start)) == batches - start
+            assert_batches(loader.epoch(plan, start), plan, batch_size, start)
 
 
-def numbered(kind, ahead, n=500, batch_size=16, **options):
-    return kind(*numbered_images(n), batch_size, **PIXELS, **ahead, **options)
+@either
+def test_samples_may_come_twice(kind):
+    indices = torch.tensor([3, 3, 0, 3, 1])
+    plan = Plan(0, 9, 0, indices, weight_of(indices))
+    assert_batches(numbered(kind, 9, 2).epoch(plan), plan, 2)
 
 
-@every
-def test_epochs_of_varying_length(kind, ahead):
-    loader = numbered(kind, ahead)
-    for epoch, k in enumerate([500, 1, 15, 16, 17, 0, 160, 499, 32]):
-        plan = random_plan(500, k, epoch)
-        batches = loader.epoch(plan)
-        assert len(batches) == -(-k // 16)
-        assert_batches(batches, plan, 16)
-
-
-@every
-def test_a_start_in_mid_epoch(kind, ahead):
-    loader = numbered(kind, ahead)
-    plan = random_plan(500, 250)
-    for start in (0, 1, 4, 7, 15, 16):
-        batches = loader.epoch(plan, start)
-        assert len(batches) == 16 - start
-        assert_batches(batches, plan, 16, start)
-
-
-@every
-def test_an_epoch_starts_anew_at_each_iteration(kind, ahead):
-    plan = random_plan(500, 100)
-    batches = numbered(kind, ahead).epoch(plan)
-    for _ in range(2):
-        assert_batches(batches, plan, 16)
-    assert_batches(islice(batches, 2), plan, 16, count=2)
-    assert_batches(batches, plan, 16)
-
-
-def leave_by_break(loader, plan, after):
+def by_break(loader, plan, after):
     for i, _ in enumerate(loader.epoch(plan)):
         if i == after:
             break
 
 
-def leave_by_exception(loader, plan, after):
+def by_exception(loader, plan, after):
     with pytest.raises(ZeroDivisionError):  # noqa: PT012
         for i, _ in enumerate(loader.epoch(plan)):
             assert 1 / (after - i) > 0
 
 
-def leave_by_dropping(loader, plan, after):
-    iterator = iter(loader.epoch(plan))
-    for _ in range(after + 1):
-        next(iterator)
-    del iterator
-
-
-def leave_by_closing(loader, plan, after):
-    iterator = iter(loader.epoch(plan))
-    for _ in range(after + 1):
-        next(iterator)
-    iterator.close()
-
-
-def leave_unread(loader, plan, after):
+def unread(loader, plan, after):
     assert len(loader.epoch(plan)) == 17
     iter(loader.epoch(plan))
 
 
-def leave_by_an_error_while_looking_ahead(loader, plan, after):
+def by_an_error_while_looking_ahead(loader, plan, after):
     wrong = plan.indices.clone()
     wrong[16 * (after + 1)] = 10**6
     with pytest.raises((IndexError, RuntimeError), match="index"):
         list(loader.epoch(Plan(plan.epoch, 500, 0, wrong, plan.weights)))
 
 
-@every
-@pytest.mark.parametrize(
-    "leave",
-    [
-        leave_by_break,
-        leave_by_exception,
-        leave_by_dropping,
-        leave_by_closing,
-        leave_unread,
-        leave_by_an_error_while_looking_ahead,
-    ],
-)
-def test_an_abandoned_epoch_leaves_nothing_behind(kind, ahead, leave):
-    loader = numbered(kind, ahead)
-    for epoch, (after, k) in enumerate([(0, 100), (2, 37), (15, 500), (4, 5)]):
+@either
+@pytest.mark.parametrize("leave", [by_break, by_exception, unread, by_an_error_while_looking_ahead])
+def test_an_abandoned_epoch_leaves_nothing_behind(kind, leave):
+    loader = numbered(kind)
+    for epoch, (after, k) in enumerate([(0, 100), (2, 37), (15, 500)]):
         leave(loader, random_plan(500, 270, epoch), after)
         plan = random_plan(500, k, epoch, seed=1)
-        assert_batches(loader.epoch(plan), plan, 16)
+        assert_batches(loader.epoch(plan), plan)
         leave(loader, random_plan(500, 270, epoch), after)
-    start = random_plan(500, 270, 9)
-    assert_batches(loader.epoch(start, 5), start, 16, 5)
+    plan = random_plan(500, 270, 9)
+    assert_batches(loader.epoch(plan, 5), plan, start_batch=5)
 
 
-@every
-@pytest.mark.parametrize("taken", [1, 2, 3, 7])
-def test_an_older_iterator_refuses_or_goes_on_but_never_mixes(kind, ahead, taken):
-    loader = numbered(kind, ahead)
+@either
+@pytest.mark.parametrize("taken", [1, 3])
+def test_an_older_iterator_refuses_or_goes_on_but_never_mixes(kind, taken):
+    loader = numbered(kind)
     old, new = random_plan(500, 200, 0), random_plan(500, 150, 1)
     older = iter(loader.epoch(old))
     first = list(islice(older, taken))
     newer = iter(loader.epoch(new))
     second = list(islice(newer, 2))
+    loader.epoch(random_plan(500, 300, 2))  # one that is only asked for disturbs none
     if kind is DaliLoader:
-        with pytest.raises(RuntimeError, match="this iteration has ended: its loader has begun"):
+        with pytest.raises(RuntimeError, match="this iteration has ended"):
             next(older)
         assert list(older) == []
     else:
         first += older
     second += newer
-    assert_batches(first, old, 16, count=len(first))
-    assert_batches(second, new, 16)
+    assert_batches(first, old, count=len(first))
+    assert_batches(second, new)
 
 
-@every
-def test_an_epoch_that_is_only_asked_for_disturbs_none(kind, ahead):
-    loader = numbered(kind, ahead)
-    plan = random_plan(500, 100)
-    batches = iter(loader.epoch(plan))
-    taken = [next(batches)]
-    assert len(loader.epoch(random_plan(500, 300, 1))) == 19
-    assert_batches([*taken, *batches], plan, 16)
-
-
-@every
-def test_batches_kept_are_not_overwritten(kind, ahead):
-    loader = numbered(kind, ahead)
+@either
+def test_batches_kept_are_not_overwritten(kind):
+    loader = numbered(kind)
     plans = [random_plan(500, 200, epoch) for epoch in range(4)]
     kept = [list(loader.epoch(plan)) for plan in plans]
     del loader
     gc.collect()
     for batches, plan in zip(kept, plans, strict=True):
-        assert_batches(batches, plan, 16)
+        assert_batches(batches, plan)
 
 
 @either
-@pytest.mark.parametrize(
-    ("n", "k", "batch_size"), [(1, 1, 1), (1, 1, 8), (9, 5, 8), (8, 8, 8), (9, 9, 1)]
-)
-def test_small_sizes(kind, n, k, batch_size):
-    plan = random_plan(n, k)
-    loader = numbered(kind, {}, n, batch_size)
-    assert_batches(loader.epoch(plan), plan, batch_size)
-
-
-@either
-def test_a_sample_may_come_twice(kind):
-    indices = torch.tensor([3, 3, 0, 3, 1])
-    plan = Plan(0, 9, 0, indices, weight_of(indices))
-    assert_batches(numbered(kind, {}, 9, 2).epoch(plan), plan, 2)
-
-
-@either
-def test_with_infobatch(kind):
+def test_with_infobatch_and_no_value_read_back(kind):
     infobatch = InfoBatch(num_samples=500, num_epochs=4, delta=0.75, device="cpu")
-    loader = numbered(kind, {})
-    lengths = []
+    loader, lengths, seen = numbered(kind), [], torch.zeros(0)
     for epoch in range(4):
         plan = infobatch.sample(epoch)
         lengths.append(len(plan))
-        seen = []
-        for images, labels, batch in loader.epoch(plan):
-            ids = numbers_in(images)
-            assert torch.equal(ids, batch.indices)
-            assert torch.equal(labels, label_of(ids))
-            infobatch.update(ids.float(), batch)
-            seen.append(ids)
-        assert torch.equal(torch.cat(seen), plan.indices)
+        with NoReadBack():
+            batches = list(loader.epoch(plan))
+        for images, _, batch in batches:
+            infobatch.update(numbers_in(images).float(), batch)
+        seen = torch.cat([numbers_in(images) for images, _, _ in batches])
+        assert torch.equal(seen, plan.indices)
     assert lengths == [500, 375, 375, 500]
     assert torch.equal(infobatch.scores, torch.arange(500.0))
+    with NoReadBack(), pytest.raises(AssertionError, match="reads back"):
+        int(seen[0])
 
 
 class NoReadBack(TorchDispatchMode):
     """Fails where a tensor's value is read on the host, which on a GPU waits for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-            torch.ops.aten.masked_select.default,
-        ):
+        aten = torch.ops.aten
+        if func in (aten._local_scalar_dense.default, aten.nonzero.default):
             raise AssertionError(f"{func} reads back")
         return func(*args, **(kwargs or {}))
 
 
-@either
-def test_iterating_reads_nothing_back(kind):
-    loader = numbered(kind, {})
-    plan = random_plan(500, 100)
-    with NoReadBack():
-        with pytest.raises(AssertionError, match="reads back"):
-            int(plan.indices[0])
-        batches = list(loader.epoch(plan, 1))
-    assert_batches(batches, plan, 16, 1)
+# What DALI gave out, and when it goes
+
+
+@needs_dali
+@pytest.mark.parametrize("taken", [1, 3, None], ids=["left", "left later", "finished"])
+def test_no_output_is_released_between_two_epochs(taken, monkeypatch):
+    """A CUDA graph captured between them would not survive it."""
+    outputs: list[weakref.ref] = []
+
+    def watched(output):
+        array = np.array(output)
+        outputs.append(weakref.ref(array))  # which lives as long as the tensor's memory
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(torch, "from_dlpack", watched)
+    loader = numbered(DaliLoader)
+    batches = islice(loader.epoch(random_plan(500, 100)), taken)
+    while next(batches, None) is not None:
+        pass
+    del batches
+    gc.collect()
+    *earlier, last = outputs
+    assert all(output() is None for output in earlier)
+    assert last() is not None
+    following = iter(loader.epoch(random_plan(500, 100)))
+    assert last() is not None
+    next(following)
+    assert last() is None
 
 
 @needs_dali
 def test_a_dropped_loader_frees_its_pipeline_and_its_images():
-    loader = numbered(DaliLoader, {"prefetch": 3})
+    loader = numbered(DaliLoader)
     iterator = iter(loader.epoch(random_plan(500, 200)))
     next(iterator)
     gc.collect()
     gc.disable()
     try:
-        held = [weakref.ref(x) for x in (loader._padded, loader._source, loader._pipeline)]
+        held = [weakref.ref(x) for x in (loader, loader._padded, loader._pipeline)]
         del loader
         assert all(ref() is not None for ref in held)  # the iterator holds them
         del iterator
@@ -479,134 +360,83 @@ def test_a_dropped_loader_frees_its_pipeline_and_its_images():
         gc.enable()
 
 
-# Errors
+# Errors, and the choice of a loader
 
 
 @either
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value", "got"),
     [
-        ({"batch_size": 0}, r"^batch_size must be at least 1, got 0$"),
-        ({"pad": -1}, r"^pad must be in \[0, 6\), the images' shorter side, got -1$"),
-        ({"pad": 6}, r"^pad must be in \[0, 6\), the images' shorter side, got 6$"),
-        ({"mean": (0.5,)}, r"^mean must hold 3 numbers, got \(0.5,\)$"),
-        ({"std": (1, 0, 1)}, r"^std must hold 3 numbers above 0, got \(1, 0, 1\)$"),
-        ({"std": (1, 1)}, r"^std must hold 3 numbers above 0, got \(1, 1\)$"),
-        (
-            {"images": np.zeros((4, 6, 8, 3), np.uint8)},
-            r"^images must be a torch tensor, got ndarray$",
-        ),
-        ({"labels": [1, 2, 3, 0]}, r"^labels must be a torch tensor, got list$"),
-        (
-            {"images": torch.zeros(4, 6, 8, 3)},
-            r"^images must be uint8 of shape \(N, H, W, 3\), "
-            r"got torch.float32 of shape \(4, 6, 8, 3\)$",
-        ),
-        (
-            {"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)},
-            r"^images must be uint8 of shape \(N, H, W, 3\), "
-            r"got torch.uint8 of shape \(4, 3, 8, 8\)$",
-        ),
-        (
-            {"labels": torch.zeros(5, dtype=torch.int64)},
-            r"^labels must be int64 of shape \(4,\), got torch.int64 of shape \(5,\)$",
-        ),
-        (
-            {"labels": torch.zeros(4)},
-            r"^labels must be int64 of shape \(4,\), got torch.float32 of shape \(4,\)$",
-        ),
-        (
-            {"labels": torch.zeros(4, dtype=torch.int64, device="meta")},
-            r"^labels must be on cpu like images, got meta$",
-        ),
+        ("batch_size", 0, "0"),
+        ("pad", -1, "-1"),
+        ("pad", 6, "6"),
+        ("mean", (0.5,), r"\(0.5,\)"),
+        ("mean", (125.3, 123.0, 113.9), r"\(125.3, "),
+        ("std", (1, 0, 1), r"\(1, 0, 1\)"),
+        ("std", (63.0, 62.1, 66.7), r"\(63.0, "),
+        ("images", np.zeros((4, 6, 8, 3), np.uint8), "ndarray"),
+        ("images", torch.zeros(4, 6, 8, 3), r"torch.float32 of shape \(4, 6, 8, 3\)"),
+        ("images", torch.zeros(4, 3, 8, 8).byte(), r"torch.uint8 of shape \(4, 3, 8, 8\)"),
+        ("labels", [1, 2, 3, 0], "list"),
+        ("labels", torch.zeros(5).long(), r"torch.int64 of shape \(5,\)"),
+        ("labels", torch.zeros(4), "torch.float32"),
+        ("labels", torch.zeros(4).long().to("meta"), ".* on meta"),
     ],
 )
-def test_wrong_arguments(kind, change, message):
-    arguments = {"images": torch.zeros(4, 6, 8, 3, dtype=torch.uint8)}
-    arguments |= {"labels": torch.zeros(4, dtype=torch.int64), "batch_size": 2, **CIFAR}
-    with pytest.raises((TypeError, ValueError), match=message):
-        kind(**(arguments | change))
-
-
-@pytest.mark.parametrize("name", ["prefetch", "chunk", "threads"])
-def test_wrong_look_ahead(name):
-    message = f"^{name} must be at least 1, got 0$"
-    with pytest.raises(ValueError, match=message):
-        numbered(DaliLoader, {name: 0})
-    with pytest.raises(ValueError, match=message):
-        make_loader("torch", *numbered_images(4), 2, **CIFAR, **{name: 0})
+def test_wrong_arguments(kind, name, value, got):
+    arguments = {"images": torch.zeros(4, 6, 8, 3).byte(), "labels": torch.zeros(4).long()}
+    with pytest.raises(ValueError, match=rf"^{name} must .*, got {got}"):
+        kind(**{**arguments, "batch_size": 2, **CIFAR, name: value})
 
 
 @either
-def test_wrong_epochs(kind):
-    loader = numbered(kind, {})
-    plan = random_plan(500, 100)
-    for start in (-1, 8):
-        with pytest.raises(ValueError, match=rf"^start_batch must be in \[0, 7\], got {start}$"):
-            loader.epoch(plan, start)
-    meta = Plan(0, 500, 0, plan.indices.to("meta"), plan.weights)
-    with pytest.raises(ValueError, match=r"^plan.indices must be on cpu like images, got meta$"):
-        loader.epoch(meta)
-    narrow = Plan(0, 500, 0, plan.indices.int(), plan.weights)
-    with pytest.raises(
-        ValueError, match=r"must be int64 of shape \(K,\), got torch.int32 of shape"
-    ):
-        loader.epoch(narrow)
+def test_a_plan_of_another_data_set(kind):
+    with pytest.raises(ValueError, match=r"^plan must .* 500 samples, got 501$"):
+        numbered(kind).epoch(random_plan(501, 100))
 
 
-# make_loader
-
-
-def test_make_loader_torch():
-    plan = random_plan(50, 50)
-    loader, note = make_loader("torch", *numbered_images(50), 16, **PIXELS, chunk=3)
-    assert type(loader) is TorchLoader
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("torch", TorchLoader),
+        pytest.param("dali", DaliLoader, marks=needs_dali),
+        pytest.param("auto", DaliLoader, marks=needs_dali),
+    ],
+)
+def test_make_loader(name, kind):
+    loader, note = make_loader(name, *numbered_images(50), 16, **PIXELS)
+    assert type(loader) is kind
     assert note is None
-    assert_batches(loader.epoch(plan), plan, 16)
-
-
-@needs_dali
-@pytest.mark.parametrize("kind", ["auto", "dali"])
-def test_make_loader_dali(kind):
     plan = random_plan(50, 50)
-    loader, note = make_loader(kind, *numbered_images(50), 16, **PIXELS, prefetch=3, chunk=2)
-    assert type(loader) is DaliLoader
-    assert note is None
-    assert_batches(loader.epoch(plan), plan, 16)
+    assert_batches(loader.epoch(plan), plan)
 
 
-def test_make_loader_without_dali(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    plan = random_plan(50, 50)
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [(None, "halted"), (RuntimeError("CUDA error 35:\n  driver too old"), "35: driver too old")],
+)
+def test_make_loader_where_dali_does_not_work(broken, reason, monkeypatch):
+    class Module:
+        @staticmethod
+        def DaliLoader(*args, **kwargs):
+            raise broken
+
+    monkeypatch.setitem(sys.modules, "infobatch_fast.data.dali", broken and Module)
     loader, note = make_loader("auto", *numbered_images(50), 16, **PIXELS)
     assert type(loader) is TorchLoader
     assert note is not None
-    assert note.startswith("WARNING: loader auto is torch, as DALI does not import (")
-    assert "\n" not in note
-    assert_batches(loader.epoch(plan), plan, 16)
-    with pytest.raises(UserError, match=r"^loader dali needs NVIDIA DALI, .*pip install") as caught:
+    assert note.startswith("WARNING: loader auto is torch")
+    with pytest.raises(UserError, match=r"^loader dali must .* pip install") as caught:
         make_loader("dali", *numbered_images(50), 16, **PIXELS)
-    assert "\n" not in str(caught.value)
-
-
-def test_make_loader_where_dali_does_not_work(monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("CUDA error 35:\n  driver too old")
-
-    monkeypatch.setattr(loader_module, "DaliLoader", fail)
-    loader, note = make_loader("auto", *numbered_images(50), 16, **PIXELS)
-    assert type(loader) is TorchLoader
-    assert note is not None
-    assert note.endswith("as DALI does not work here (CUDA error 35: driver too old)")
-    message = "^loader dali does not work here: CUDA error 35: driver too old$"
-    with pytest.raises(UserError, match=message):
-        make_loader("dali", *numbered_images(50), 16, **PIXELS)
+    for line in (note, str(caught.value)):
+        assert reason in line
+        assert "\n" not in line
 
 
 def test_make_loader_hides_no_wrong_argument():
-    with pytest.raises(UserError, match=r"^loader must be one of auto, dali, torch, got dail "):
+    with pytest.raises(UserError, match=r"^loader must .*, got dail "):
         make_loader("dail", *numbered_images(4), 2, **CIFAR)
-    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^batch_size must"):
         make_loader("auto", *numbered_images(4), 0, **CIFAR)
 
 
@@ -614,36 +444,31 @@ def test_make_loader_hides_no_wrong_argument():
 
 
 @pytest.mark.gpu
-@needs_cuda
-@every
+@either
 @pytest.mark.parametrize("augment", [True, False])
-def test_cuda_yields_the_batches_of_the_cpu(kind, ahead, augment):
+def test_cuda_yields_the_batches_of_the_cpu(kind, augment):
     images, labels = random_images(300), torch.arange(300) % 10
     options = {**CIFAR, "seed": 5, "augment": augment}
     on_cpu = TorchLoader(images, labels, 16, **options)
-    on_cuda = kind(images.cuda(), labels.cuda(), 16, **options, **ahead)
+    on_cuda = kind(images.cuda(), labels.cuda(), 16, **options)
     for epoch, (k, start) in enumerate([(300, 0), (77, 2), (1, 0), (0, 0), (160, 10)]):
         expected = on_cpu.epoch(random_plan(300, k, epoch), start)
         batches = on_cuda.epoch(random_plan(300, k, epoch, device="cuda"), start)
-        assert len(batches) == len(expected)
         for mine, other in zip(batches, expected, strict=True):
-            assert mine[0].is_cuda
             assert mine[0].is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(mine[0].cpu(), other[0], rtol=0, atol=1e-6)
-            assert torch.equal(mine[1].cpu(), other[1])
-            assert torch.equal(mine[2].indices.cpu(), other[2].indices)
-            assert torch.equal(mine[2].weights.cpu(), other[2].weights)
+            for a, b in zip((mine[1], *mine[2]), (other[1], *other[2]), strict=True):
+                assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.gpu
-@needs_cuda
-@every
+@either
 @pytest.mark.parametrize("own_stream", [False, True])
-def test_cuda_slow_consumers_read_no_overwritten_batch(kind, ahead, own_stream):
+def test_cuda_slow_consumers_read_no_overwritten_batch(kind, own_stream):
     """The host runs ahead of a consumer that sleeps on the device, reads, and ruins its input."""
     n, batch_size = 4096, 64
-    images, labels = numbered_images(n, 32, 32)
-    loader = kind(images.cuda(), labels.cuda(), batch_size, **PIXELS, **ahead)
+    images, labels = numbered_images(n, 32)
+    loader = kind(images.cuda(), labels.cuda(), batch_size, **PIXELS)
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -665,11 +490,10 @@ def test_cuda_slow_consumers_read_no_overwritten_batch(kind, ahead, own_stream):
 
 
 @pytest.mark.gpu
-@needs_cuda
-@every
-def test_cuda_iterating_does_not_wait_for_the_device(kind, ahead):
+@either
+def test_cuda_iterating_does_not_wait_for_the_device(kind):
     images, labels = numbered_images(500)
-    loader = kind(images.cuda(), labels.cuda(), 16, **PIXELS, **ahead)
+    loader = kind(images.cuda(), labels.cuda(), 16, **PIXELS)
     plan = random_plan(500, 200, device="cuda")
     list(loader.epoch(plan))  # what is allocated or compiled once may wait
     torch.cuda.synchronize()
@@ -683,17 +507,5 @@ def test_cuda_iterating_does_not_wait_for_the_device(kind, ahead):
         batches = [next(iterator)]
         assert not behind.query()
         batches += list(iterator)
-    on_cpu = random_plan(500, 200)
-    assert_batches(
-        [(x.cpu(), y.cpu(), type(b)(*(t.cpu() for t in b))) for x, y, b in batches], on_cpu, 16, 1
-    )
-
-
-@pytest.mark.gpu
-@needs_cuda
-@either
-def test_cuda_refuses_a_plan_of_the_cpu(kind):
-    images, labels = numbered_images(20)
-    loader = kind(images.cuda(), labels.cuda(), 16, **PIXELS)
-    with pytest.raises(ValueError, match=r"^plan.indices must be on cuda:0 like images, got cpu$"):
-        loader.epoch(random_plan(20, 20))
+    batches = [(x.cpu(), y.cpu(), type(b)(*(t.cpu() for t in b))) for x, y, b in batches]
+    assert_batches(batches, random_plan(500, 200), start_batch=1)

@@ -992,7 +992,7 @@ def test_mistakes(finished: Path, tmp_path, capsys, monkeypatch) -> None:
     if not torch.cuda.is_available():
         message = fails(capsys, *TINY, "--device", "cuda")
         assert message == "device must be cpu or auto, as torch finds no CUDA device, got cuda"
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setitem(sys.modules, "infobatch_fast.data.dali", None)
     (tmp_path / "mine").mkdir()
     for out in ("new", "mine"):
         assert "needs NVIDIA DALI" in fails(capsys, *TINY, "--loader", "dali", "--out", out)

@@ -1,0 +1,151 @@
+"""The loader as a DALI pipeline, which makes the next batch while one is trained on."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType
+from torch import Tensor
+
+from infobatch_fast.data.loader import BatchT, EpochPlan, Loader
+
+PREFETCH = 2  # batches in flight, the one in use included
+THREADS = 2  # on a GPU they hand arguments over and no more
+
+
+class DaliLoader(Loader):
+    """The loader as a DALI pipeline: the batches of `TorchLoader`.
+
+    The pipeline serves one iteration at a time: a new one ends the one before, which raises
+    RuntimeError when it is asked for more. Batches already out stay valid.
+
+    Between epochs nothing of it waits to be released, so that a CUDA graph can be captured: see
+    `_batches`.
+    """
+
+    def __post_init__(self, images: Tensor) -> None:
+        super().__post_init__(images)
+        self._serving = object()  # the iteration that the pipeline serves
+        self._held: Tensor | None = None  # see _batches
+        self._indices: Tensor | None = None  # (K - first,): of the iteration served
+        self._arguments: tuple[Any, ...] = ()  # its crops, (K - first,) each
+        self._stream = None  # of what is gathered for DALI
+        if images.is_cuda:
+            self._stream = torch.cuda.Stream(images.device)
+            # Its memory must not be used anew while a gather in this stream still reads it.
+            self._padded.record_stream(self._stream)
+        # DALI's graph holds its callbacks in a cycle; they must not hold the images in it too.
+        me = weakref.proxy(self)
+        self._pipeline = Pipeline(
+            batch_size=self.batch_size,
+            num_threads=THREADS,
+            device_id=images.device.index,  # None on the CPU
+            prefetch_queue_depth=PREFETCH,
+        )
+        with self._pipeline:
+            pixels = fn.external_source(
+                lambda number: me._pixels(number),
+                device="gpu" if images.is_cuda else "cpu",
+                layout="HWC",
+                dtype=DALIDataType.UINT8,
+                # On a GPU, True is a race: nothing orders DALI's reading after the gather.
+                no_copy=False,
+                cuda_stream=self._stream,
+            )
+            crop_y, crop_x, flip = fn.external_source(
+                lambda number: me._crops_of(number),
+                num_outputs=3,
+                dtype=[DALIDataType.FLOAT, DALIDataType.FLOAT, DALIDataType.INT32],
+                ndim=0,
+            )
+            images_out = fn.crop_mirror_normalize(
+                pixels,
+                crop=self._size,
+                crop_pos_y=crop_y,
+                crop_pos_x=crop_x,
+                mirror=flip,
+                mean=[255 * value for value in self.mean],
+                std=[255 * value for value in self.std],
+                dtype=DALIDataType.FLOAT,
+                output_layout="HWC",
+            )
+            self._pipeline.set_outputs(images_out)
+        self._pipeline.build()
+
+    def _batches(
+        self, plan: EpochPlan[BatchT], first: int
+    ) -> Iterator[tuple[Tensor, Tensor, BatchT]]:
+        self._serving = mine = object()
+        self._drain()
+        self._start(plan, first)
+        for start, stop in self._spans(plan, first):
+            # Without a copy. DALI frees what it gave out by DLPack once the tensor and its views
+            # are gone and after that a thread of its own has waited for the whole device: a buffer
+            # is not used anew while a kernel, of whichever stream, still reads it. But that wait
+            # ends the process if a CUDA graph is being captured. So the last output is held here
+            # until the next epoch's first takes its place, whether this epoch ends or is left, and
+            # whatever the caller does with its batch; all others are gone well before, by the time
+            # that the device has done the epoch's last step.
+            self._held = torch.from_dlpack(self._run().as_tensor()).permute(0, 3, 1, 2)
+            labels = self.labels.index_select(0, plan.indices[start:stop])
+            yield self._held, labels, plan.batch(start, stop)
+            if self._serving is not mine:
+                raise RuntimeError("this iteration has ended: its loader has begun another one")
+        self._drain()
+
+    def _start(self, plan: EpochPlan[Any], first: int) -> None:
+        """Serve the samples from position first on."""
+        y, x, flip = self._crops(plan, first, "cpu")
+        # DALI takes an offset as a share of the room, and rounds what it makes of it.
+        room = max(2 * self.pad, 1)
+        self._arguments = (y.float() / room).numpy(), (x.float() / room).numpy(), flip.int().numpy()
+        self._indices = plan.indices[first:]
+        if self._stream is not None:
+            # The images were padded and the plan was drawn in the consumer's stream.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            plan.indices.record_stream(self._stream)
+
+    def _drain(self) -> None:
+        """Let the plan go, and drop what was made ahead, so that the next epoch starts clean."""
+        self._indices = None
+        with suppress(StopIteration):
+            while True:
+                self._run()
+        self._pipeline.reset()
+
+    def _run(self) -> Any:
+        """The next batch (B, H, W, C), for which the current stream waits, and the host does not.
+
+        Batches come in the order in which their pixels and crops were asked for.
+        """
+        stream = self._stream and torch.cuda.current_stream(self._device)
+        (output,) = self._pipeline.run(stream)
+        return output
+
+    def _span(self, number: int) -> slice:
+        """Of batch `number` among the samples served; DALI asks `PREFETCH` batches ahead."""
+        start = number * self.batch_size
+        if self._indices is None or start >= len(self._indices):
+            raise StopIteration
+        return slice(start, start + self.batch_size)
+
+    def _crops_of(self, number: int) -> list[Any]:
+        """Crop positions in [0, 1], y and x (B,) float32 each, and flips (B,) int32."""
+        span = self._span(number)
+        return [values[span] for values in self._arguments]
+
+    def _pixels(self, number: int) -> Any:
+        """(B, H + 2 pad, W + 2 pad, C) uint8."""
+        span = self._span(number)
+        assert self._indices is not None
+        if self._stream is None:
+            # As numpy: of a torch tensor DALI wants to know the CUDA stream, and there is none.
+            return self._padded.index_select(0, self._indices[span]).numpy()
+        with torch.cuda.stream(self._stream):
+            # DALI copies it in this stream, which its memory belongs to: dropped right after, it
+            # can only go to a later gather in this stream, which runs behind the copy.
+            return self._padded.index_select(0, self._indices[span])
