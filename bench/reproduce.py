@@ -1,16 +1,13 @@
 """The reported tables, trained anew with one command: `python bench/reproduce.py`.
 
-accuracy and cost hold full data and InfoBatch by r; ablation random, soft without rescaling and
-annealing, with one and with both, and hard, at r = 0.5; policies every policy, soft with score bls
-and soft with r by pods, each leaving out a quarter of the samples of all epochs (half of what is
-possible, where a quarter is not). Each table also has training shorter: full data for as many
-epochs as see the samples that InfoBatch saw with the same seed (at r = 0.5; in policies, with a
-quarter left out). A run that two tables need is trained once.
+accuracy and cost hold full data and InfoBatch by r; ablation its parts one by one, and hard, at
+r = 0.5; policies every policy, soft with score bls and soft with r by pods, each leaving out a
+quarter of the samples of all epochs (half of what is possible, where a quarter is not). Each table
+also has training shorter: full data for as many epochs as see the samples that InfoBatch saw with
+the same seed (at r = 0.5; in policies, with a quarter left out).
 
 Each run is one command of the trainer, in a folder named by its settings, by which another call
-finds it. `<out>/<run>.log` has what the trainer said, `<out>/results.jsonl` a line a run, and
-`<out>/report` the report. Words after `--` go to the trainer, such as
-`python bench/reproduce.py --table accuracy -- --batch-size 128`.
+finds it. `<out>/<run>.log` has what the trainer said, `<out>/results.jsonl` a line a run.
 """
 
 import signal
@@ -33,7 +30,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -66,15 +63,14 @@ ABLATION = [
 SOFT_SHARE = 0.8  # of the samples below the mean loss, for the estimate: 0.77 to 0.86 as reported
 TIMED = 0.02  # share of the data of the two epochs that an estimate is from
 
-_OPTIONAL = tyro.conf.arg(help_behavior_hint="")
-
 
 @dataclass(frozen=True)
 class Options:
     """Train the runs of the reported tables, and report them; a second call goes on.
 
-    Words after -- go to the trainer. Exit codes: 0 all is done; 1 a run failed, the others are
-    done; 2 a mistake in the input, or no room; 128 and its number, stopped by a signal.
+    Words after -- go to the trainer, such as -- --batch-size 128. Exit codes: 0 all is done; 1 a
+    run failed, the others are done; 2 a mistake in the input, or no room; 130 or 143 stopped by a
+    signal.
 
     Attributes:
         table: the runs of which table.
@@ -83,7 +79,7 @@ class Options:
         dataset: of all runs.
         scale: share of the epochs and of the data, in (0, 1], for a small machine: then these
             are not the reported experiments.
-        preset: default paper where there is a CUDA device, quick where there is none.
+        preset: auto is paper where there is a CUDA device, quick where there is none.
         epochs: of each run, before scaling; default the preset's.
         data_dir: folder of CIFAR; default $INFOBATCH_DATA, else a user cache.
         out: folder of the runs, their results and their report.
@@ -96,9 +92,9 @@ class Options:
     ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
     dataset: Literal["cifar10", "cifar100", "synthetic"] = "cifar10"
     scale: float = 1.0
-    preset: Annotated[Literal["paper", "quick"] | None, _OPTIONAL] = None
-    epochs: Annotated[int | None, _OPTIONAL] = None
-    data_dir: Annotated[Path | None, _OPTIONAL] = None
+    preset: Literal["auto", "paper", "quick"] = "auto"
+    epochs: int | None = None
+    data_dir: Path | None = None
     out: Path = Path("runs/reproduce")
     dry_run: bool = False
     extra: tyro.conf.Suppress[tuple[str, ...]] = ()
@@ -106,7 +102,7 @@ class Options:
     def words(self, pruning: Pruning, seed: int, epochs: int, fraction: float) -> list[str]:
         """The trainer's words for a run on a share of the data, without places."""
         return [
-            *("--preset", str(self.preset), "--dataset", self.dataset, "--seed", str(seed)),
+            *("--preset", self.preset, "--dataset", self.dataset, "--seed", str(seed)),
             *("--epochs", str(epochs), *pruning.flags),
             *(["--data-fraction", f"{fraction:g}"] if fraction < 1 else []),
             *self.extra,
@@ -148,7 +144,9 @@ def settle(options: Options, extra: Sequence[str]) -> Options:
     """The options with preset, scaled epochs and the trainer's words."""
     if not 0 < options.scale <= 1:
         raise UserError(f"scale must be in (0, 1], got {options.scale}")
-    preset = options.preset or ("paper" if torch.cuda.is_available() else "quick")
+    preset = options.preset
+    if preset == "auto":
+        preset = "paper" if torch.cuda.is_available() else "quick"
     whole = EPOCHS[preset] if options.epochs is None else options.epochs
     if (epochs := round(whole * options.scale)) < 2:
         raise UserError(
@@ -167,7 +165,7 @@ def make_plan(options: Options) -> list[Planned]:
     """The runs of the tables, seed by seed, each once; training shorter as far as it is known."""
     plan: dict[str, Planned] = {}
     scale, whole = options.scale, options.epochs or 0
-    parts = [options.dataset, str(options.preset), *([f"scale{scale:g}"] if scale < 1 else [])]
+    parts = [options.dataset, options.preset, *([f"scale{scale:g}"] if scale < 1 else [])]
     extra = re.findall(r"[\w.]+", " ".join(options.extra))
 
     def add(table: str, pruning: Pruning, seed: int, epochs: int | None, passes: float) -> Planned:
@@ -350,39 +348,31 @@ def write_results(out: Path, plan: Sequence[Planned], failed: Mapping[str, str])
     records.write_atomically(out / records.RESULTS, "".join(lines).encode())
 
 
-def plan_lines(plan: Sequence[Planned], pace: float | None) -> Iterator[str]:
-    """The plan as a table, and an estimate of what is left.
-
-    Args:
-        plan: its runs.
-        pace: seconds of a pass over the data; None is not known.
-    """
-    rows: list[list[str]] = []
-    total = 0.0
-    for number, planned in enumerate(plan, 1):
-        left = planned.passes * (1 - planned.done / (planned.epochs or 1))
-        left = 0.0 if planned.summary else left
-        total += left
-        state = "done" if planned.summary else f"{planned.done} epochs" if planned.done else ""
-        cells = [str(number), planned.name, ", ".join(planned.tables), state]
-        time = _time(left * pace) if left and pace else ""
-        rows.append([*cells, str(planned.epochs or "X"), f"{left:.1f}", time])
-    headers = ["#", "run", "tables", "done", "epochs", "passes left", "time, about"]
-    yield from markdown(headers, rows, left=4)
-    if not all(planned.epochs for planned in plan):
+def plan_lines(plan: Sequence[Planned]) -> Iterator[str]:
+    """The plan as a table."""
+    rows = []
+    for number, p in enumerate(plan, 1):
+        state = "yes" if p.summary else f"{p.done} epochs" if p.about else "no"
+        rows.append([str(number), p.name, ", ".join(p.tables), state, str(p.epochs or "X")])
+    yield from markdown(["#", "run", "tables", "done", "epochs"], rows, left=4)
+    if not all(p.epochs for p in plan):
         yield "X          as many as see the samples of its table's pruned run, once that is done"
-    if not total:
-        yield f"estimate   nothing to train: all {len(plan)} runs are done"
-    else:
-        time = f"{_time(total * pace)}, {pace:.3g} s each" if pace else "of unknown time"
-        yield f"estimate   {total:.0f} passes over the data: {time}"
 
 
-def pace_of(plan: Sequence[Planned]) -> float | None:
-    """Seconds of a pass over the data, from the runs of the plan that are done."""
-    done = [planned.summary for planned in plan if planned.summary]
-    passes = sum(s.epochs * (1 - s.saved_share) for s in done)
-    return sum(s.seconds or s.train_seconds for s in done) / passes if passes else None
+def estimate(plan: Sequence[Planned], options: Options, say: Say) -> str:
+    """What is left, in passes over the data, and in time by what is done or a run of a moment."""
+    left = [p for p in plan if p.summary is None]
+    if not left:
+        return f"nothing to train: all {len(plan)} runs are done"
+    passes = sum(p.passes * (1 - p.done / (p.epochs or 1)) for p in left)
+    done = [p.summary for p in plan if p.summary]
+    if done:
+        trained = sum(s.epochs * (1 - s.saved_share) for s in done)
+        pace = sum(s.seconds or s.train_seconds for s in done) / trained
+    elif not options.dry_run or not (pace := timed_pace(options, say)):
+        return f"{passes:.0f} passes over the data; their time is known once a run is done"
+    hours, minutes = divmod(round(pace * passes / 60), 60)
+    return f"{hours} h {minutes} min: {passes:.0f} passes over the data, {pace:.3g} s each"
 
 
 def timed_pace(options: Options, say: Say) -> float | None:
@@ -401,13 +391,6 @@ def timed_pace(options: Options, say: Say) -> float | None:
     return (seconds + summary.evaluation_seconds / 2) * options.scale / fraction
 
 
-def _time(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
 def run(arguments: Sequence[str], say: Say) -> int:
     """Plan, train what is left, and report; returns the exit code."""
     words, extra = list(arguments), []
@@ -417,14 +400,15 @@ def run(arguments: Sequence[str], say: Say) -> int:
     plan = make_plan(options)
     if options.scale < 1:
         say(f"scale      {options.scale:g} of epochs and data: NOT the reported experiments")
-    pace = pace_of(plan) or (timed_pace(options, say) if options.dry_run else None)
-    for line in plan_lines(plan, pace):
+    for line in plan_lines(plan):
         say(line)
     if options.dry_run:
         for planned in plan:
             if planned.words and not planned.summary:
                 how = [*planned.words, "--out", str(options.out / planned.name)]
                 say(shlex.join(["python", *options.command(how)[1:]]))
+    say(f"estimate   {estimate(plan, options, say)}")
+    if options.dry_run:
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     failed = train(options, say)
