@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,18 +144,6 @@ def _by_mask(indices: Any) -> bool:
     return any(index is not None and index.dtype is torch.bool for index in indices)
 
 
-class TracedSyncs(NamedTuple):
-    """What `trace_syncs` saw: calls that make their thread wait for the device, by name.
-
-    Attributes:
-        here: by the calling thread.
-        elsewhere: by other threads, which hold the caller up only if it waits for them.
-    """
-
-    here: Counter[str]
-    elsewhere: Counter[str]
-
-
 _MARKER = "infobatch_fast.trace_syncs"
 
 # Of the CUDA runtime; of the driver's own calls the profiler keeps launches and memory alone.
@@ -164,64 +152,46 @@ _WAITING = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchron
 _WAITING_COPIES = ("cudaMemcpy", "cudaMemcpy2D", "cudaMemset", "cudaFree", "cudaMalloc")
 
 
-def trace_syncs(call: Callable[[], object]) -> TracedSyncs:
-    """Run a call under torch's profiler and find its host syncs, those of DALI included.
+def trace_syncs(call: Callable[[], object]) -> Counter[str]:
+    """The host syncs of a call, by the name of what waited: those of other libraries too.
 
-    Seen are the calls of the CUDA runtime that wait by their nature, whoever makes them; not a copy
-    that waits because its memory is not pinned. Backward runs in the calling thread meanwhile.
+    Seen by torch's profiler are the calls of the CUDA runtime that wait by their nature, whoever
+    makes them in this thread, where backward runs meanwhile; not a copy that waits because its
+    memory is not pinned.
 
     Args:
         call: run twice, and traced the second time.
     """
-
-    def marked() -> None:
-        with torch.profiler.record_function(_MARKER):
-            call()
-
-    with torch.autograd.set_multithreading_enabled(False):
-        # cuDNN keeps its plans by thread: this one has yet to tune those of the backward.
-        call()
-        return syncs_in_trace(chrome_trace(marked))
-
-
-def chrome_trace(call: Callable[[], object]) -> dict[str, Any]:
-    """A trace of torch's profiler in Chrome's format.
-
-    Args:
-        call: run once, the GPU waited for at its end.
-    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    # acc_events: without it torch 2.11 warns, though there is one cycle alone.
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+    with (
+        torch.autograd.set_multithreading_enabled(False),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        # cuDNN keeps its plans by thread: this one has yet to tune those of the backward.
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
+        # acc_events: without it torch 2.11 warns, though there is one cycle alone.
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            with torch.profiler.record_function(_MARKER):
+                call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_text())
+        return syncs_in_trace(json.loads(path.read_text())["traceEvents"])
 
 
-def syncs_in_trace(trace: dict[str, Any]) -> TracedSyncs:
-    """The host syncs of a profiler's trace (Chrome's format) while `trace_syncs`'s call ran.
-
-    Raises:
-        ValueError: the call is not in the trace.
-    """
-    events = [event for event in trace.get("traceEvents", ()) if event.get("ph") == "X"]
-    marker = next(
-        (e for e in events if e["name"] == _MARKER and e.get("cat") == "user_annotation"), None
+def syncs_in_trace(events: list[dict[str, Any]]) -> Counter[str]:
+    """The host syncs in the events of a profiler's trace, in `trace_syncs`'s second call."""
+    calls = [event for event in events if event.get("ph") == "X"]
+    (marker,) = (c for c in calls if c["name"] == _MARKER and c.get("cat") == "user_annotation")
+    end = marker["ts"] + marker["dur"]
+    return Counter(
+        call["name"]
+        for call in calls
+        if call.get("cat") == "cuda_runtime"
+        and call["tid"] == marker["tid"]
+        and marker["ts"] <= call["ts"] <= end
+        and (call["name"] in _WAITING_COPIES or call["name"].startswith(_WAITING))
     )
-    if marker is None:
-        raise ValueError("the trace must hold the call it was made for")
-    begin, end = marker["ts"], marker["ts"] + marker["dur"]
-    found = TracedSyncs(Counter(), Counter())
-    for event in events:
-        name = event["name"]
-        if event.get("cat") != "cuda_runtime" or not begin <= event["ts"] <= end:
-            continue
-        if name in _WAITING_COPIES or name.startswith(_WAITING):
-            (found.here if event["tid"] == marker["tid"] else found.elsewhere)[name] += 1
-    return found

@@ -650,7 +650,7 @@ def test_a_host_sync_that_is_forbidden_stops_the_run(tmp_path, capsys, monkeypat
     compiled = (*TINY, "--compile", "--host-syncs", "count", "--out", tmp_path / "compiled")
     assert fails(capsys, *compiled) == "host_syncs must be off with --compile on a CPU, got count"
     assert not (tmp_path / "compiled").exists()
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     assert run_main("--epochs", 1, "--compile", "--out", tmp_path / "compiled") == 0
 
 

@@ -42,16 +42,9 @@ def test_every_moment_belongs_to_the_innermost_phase(clock) -> None:
     assert phases.read() == {"other": 5}
 
 
-def test_it_begins_with_the_first_phase(clock) -> None:
+def test_a_reading_within_a_phase_and_before_the_first(clock) -> None:
     phases = Phases(CPU)
-    clock.now += 7
-    with phases("step"):
-        clock.now += 1
-    assert phases.read() == {"step": 1, "other": 0}
-
-
-def test_a_reading_within_a_phase(clock) -> None:
-    phases = Phases(CPU)
+    clock.now += 7  # it begins with the first phase
     with phases("checkpoint"):
         clock.now += 1
         assert phases.read() == {"checkpoint": 1}
@@ -90,38 +83,12 @@ def test_each_counts_the_waiting_and_not_the_work(clock) -> None:
     assert phases.read() == {"wait": 31, "other": 300}
 
 
-def test_each_passes_on_what_goes_wrong() -> None:
-    def items():
-        yield 1
-        raise RuntimeError("broken")
-
-    phases = Phases(CPU)
-    with pytest.raises(RuntimeError, match=r"^broken$"):
-        list(phases.each("wait", items()))
-
-
 def test_disabled_measures_nothing(clock) -> None:
     phases = Phases(CPU, enabled=False)
     with phases("step"):
         clock.now += 1
     assert list(phases.each("wait", [1, 2])) == [1, 2]
     assert phases.read() == {}
-
-
-def test_phases_add_up_to_the_time_that_passed() -> None:
-    phases = Phases(CPU)
-    phases.read()
-    start = time.perf_counter()
-    for _ in range(50):
-        with phases("step"):
-            time.sleep(0.001)
-            with phases("update"):
-                time.sleep(0.0005)
-    total = time.perf_counter() - start
-    seconds = phases.read()
-    assert sum(seconds.values()) == pytest.approx(total, rel=0.02)
-    assert seconds["step"] > seconds["update"] > 0.02
-    assert seconds["other"] < 0.02 * total
 
 
 class FakeEvent:
@@ -182,6 +149,7 @@ def test_histogram_by_hand() -> None:
 
 def test_histogram_against_numpy() -> None:
     scores = np.random.default_rng(0).lognormal(0, 2, 5000).astype(np.float32)
+    before = scores.copy()
     histogram = score_histogram(torch.from_numpy(scores))
     edges = np.geomspace(0.01, 100, SCORE_BINS + 1)
     expected, _ = np.histogram(scores, edges)
@@ -189,12 +157,7 @@ def test_histogram_against_numpy() -> None:
     assert histogram["counts"][-1] == (scores >= 100).sum()
     assert np.abs(np.array(histogram["counts"][1:-1]) - expected).sum() <= 4  # at the edges
     assert sum(histogram["counts"]) + histogram["unseen"] == 5000
-
-
-def test_histogram_leaves_the_scores_alone() -> None:
-    scores = torch.tensor([1.0, math.nan, 3.0])
-    score_histogram(scores)
-    assert scores.nan_to_num(7.0).tolist() == [1, 7, 3]
+    assert np.array_equal(scores, before)
 
 
 def test_peak_memory_of_the_process() -> None:

@@ -1,0 +1,106 @@
+"""The trainer on a card: the forms that were asked for, no host sync in a step, and resuming."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from steps_made import ON, make_step
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from infobatch_fast.data.loader import make_loader
+from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.telemetry.syncs import host_syncs, trace_syncs
+from infobatch_fast.train import main
+from infobatch_fast.train.records import CHECKPOINT, EPOCHS, SUMMARY, WEIGHTS
+
+TINY = "--preset quick --model small --dataset synthetic --batch-size 50 --max-lr 0.2"
+
+
+def train(folder: Path, words: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's summary and its epochs."""
+    assert main([*words.split(), "--out", str(folder)]) == 0
+    lines = (folder / EPOCHS).read_text().splitlines()
+    return json.loads((folder / SUMMARY).read_text()), [json.loads(line) for line in lines]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dali", "torch"])
+def test_a_run_forbids_host_syncs_from_its_first_step_on_cuda(kind: str, tmp_path: Path) -> None:
+    words = "--device cuda --preset paper --dataset synthetic --synthetic-samples 2000 --epochs 3"
+    train(tmp_path / "run", f"{words} --no-compile --host-syncs forbid --loader {kind}")
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("cpu", "dali"),
+        pytest.param("cuda", "dali", marks=pytest.mark.gpu),
+        pytest.param("cuda", "torch", marks=pytest.mark.gpu),
+    ],
+)
+def test_one_sync_an_epoch_and_none_in_its_steps(device: str, kind: str) -> None:
+    where, samples = torch.device(device), 90
+    images = torch.randint(0, 256, (samples, 32, 32, 3), dtype=torch.uint8).to(where)
+    labels = torch.randint(0, 10, (samples,)).to(where)
+    infobatch = InfoBatch(samples, 8, device=device)
+    step = make_step("lars", device, infobatch=infobatch, amp="bf16")
+    loader, _ = make_loader(kind, images, labels, 16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+    def steps(plan: Any) -> None:
+        for images, labels, batch in step.phases.each("wait", loader.epoch(plan)):
+            with step.phases("step"):
+                step(images, labels, batch, 0.1, 0.9)
+
+    for epoch in range(3):  # what only a first epoch does may wait
+        steps(infobatch.sample(epoch, 16))
+        step.read_counts()
+    with host_syncs(where, "count") as drawing:
+        plan = infobatch.sample(3, 16)
+    assert drawing.places.total() >= 1
+    with host_syncs(where, "forbid"):
+        steps(plan)
+    step.read_counts()
+    assert trace_syncs(lambda: steps(plan)).total() == 0
+    if device == "cuda":
+        assert drawing.count == 1
+        assert trace_syncs(lambda: infobatch.sample(3, 16)).total() == 1
+
+
+@pytest.mark.parametrize("device", ON)
+def test_a_stopped_run_goes_on_as_the_one_that_was_not(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Eager, since no optimizer is called in a replay. The first epoch is full, the second pruned.
+    words = f"{TINY} --device {device} --synthetic-samples 500 --epochs 2 --delta 1.0 --amp off"
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    train(undisturbed, words)
+    done = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == 10 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_optimizer_step_post_hook(stop)
+    try:
+        assert main([*words.split(), "--out", str(stopped)]) == 128 + signal.SIGTERM
+    finally:
+        hook.remove()
+    assert torch.load(stopped / CHECKPOINT, weights_only=True)["number"] == 3
+    assert main(["--resume", str(stopped)]) == 0
+    runs = []
+    for folder in (undisturbed, stopped):
+        state = torch.load(folder / CHECKPOINT, weights_only=True)["step"]
+        scores = state["infobatch"]["scores"].cpu()
+        runs.append({**torch.load(folder / WEIGHTS, weights_only=True), "scores": scores})
+    # On a card cuDNN may take another algorithm in the other process, and some add in any order.
+    limit = 1e-3 if device == "cuda" else 0.0
+    assert runs[0].keys() == runs[1].keys()
+    for name, want in runs[0].items():
+        off = (runs[1][name].double() - want.double()).abs().nan_to_num().max()
+        assert off <= limit * want.double().abs().nan_to_num().max(), name
