@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from infobatch_fast import InfoBatch
 from infobatch_fast.data.loader import Loader
+from infobatch_fast.errors import reason
 from infobatch_fast.plan import Batch, Plan
 from infobatch_fast.telemetry.phases import Phases
-from infobatch_fast.train.graph import GraphStep, obstacle
+from infobatch_fast.train.graph import GraphStep
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.optim import LARS, make_optimizer
 from infobatch_fast.train.step import WARM_UP, TrainStep
@@ -103,9 +104,10 @@ class Trained:
             raise Absent("the kernels that it would do without are not here")
         self.step: TrainStep | GraphStep = self.plain
         if form.graph:
-            if why := obstacle(self.plain):
-                raise Absent(why)
-            self.step = GraphStep(self.plain)  # which raises where a capture fails
+            try:
+                self.step = GraphStep(self.plain)  # which raises where a capture fails
+            except ValueError as error:
+                raise Absent(reason(error)) from None
 
     def warm_up(self, fed: Fed) -> None:
         """The steps that compile and tune; then those of a graph are captured."""
@@ -228,17 +230,20 @@ class WithAndWithout:
         model, optimizer = (
             copy.deepcopy(part.state_dict()) for part in (trained.network, trained.optimizer)
         )
-        after = []
+        start = [parameter.detach().clone() for parameter in trained.plain.parameters]
+        changes = []
         for side in self.sides.values():
             side.network.load_state_dict(model)
             side.optimizer.load_state_dict(copy.deepcopy(optimizer))
             side.plain.buffers.keep()
-            side.train([fed])
-            after.append([parameter.detach().clone() for parameter in side.plain.parameters])
-        for one, other in zip(*after, strict=True):
-            # Of what lies between them is the order of a sum, or a kernel's, at amp's precision.
-            scale = max(one.abs().max().item(), 1e-3)
-            if not (one - other).abs().max().item() <= 1e-2 * scale:
+            side.step(*fed, 1.0, MOMENTUM)  # a rate at which LARS changes more than a rounding
+            changes.append(
+                [p.detach() - w for p, w in zip(side.plain.parameters, start, strict=True)]
+            )
+        for one, other, w in zip(*changes, start, strict=True):
+            # Between them lies the order of sums, at amp's precision.
+            slack = 0.05 * one.abs().max().item() + 1e-6 * w.abs().max().item()
+            if not (one - other).abs().max().item() <= slack:
                 raise Absent("steps with and without InfoBatch do other work at equal weights")
 
     def side(self, name: str, steps: int, phases: Phases | None = None) -> Side:
