@@ -32,7 +32,7 @@ ItemT = TypeVar("ItemT")
 OTHER = "other"
 # Of the trainer, in the order of an epoch: "step" is without the update within it, and "other" what
 # is in none of them.
-PHASES = ("choose", "wait", "step", "update", "evaluation", "checkpoint", OTHER)
+PHASES = ("choose", "wait", "step", "update", "startup", "evaluation", "checkpoint", OTHER)
 PRUNING = ("choose", "update")  # what pruning adds
 _MARKS = 2000
 

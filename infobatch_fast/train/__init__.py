@@ -1,16 +1,10 @@
 """The trainer: `python -m infobatch_fast.train --ratio 0.5`."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from infobatch_fast.train.loop import main
-
-__all__ = ["main"]
+from collections.abc import Sequence
 
 
-def __getattr__(name: str) -> object:
-    if name != "main":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from infobatch_fast.train.loop import main
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    from infobatch_fast.train.__main__ import main  # torch and the data sets, only when called
 
-    return main
+    return main(arguments)

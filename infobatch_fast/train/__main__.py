@@ -1,4 +1,4 @@
-"""`python -m infobatch_fast.train`."""
+"""`python -m infobatch_fast.train`: train, resume or evaluate."""
 
 import signal
 
@@ -6,9 +6,208 @@ if __name__ == "__main__":
     # Ctrl-C during two seconds of imports: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import os
 import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
 
-from infobatch_fast.train.loop import main
+import torch
+from torch import Tensor
+
+from infobatch_fast.data.cifar import (
+    DataMissing,
+    Dataset,
+    default_data_dir,
+    load_cifar,
+    make_synthetic,
+)
+from infobatch_fast.errors import UserError, reason
+from infobatch_fast.telemetry.phases import HostSync
+from infobatch_fast.train import config, console, records
+from infobatch_fast.train import folder as record
+from infobatch_fast.train.cli import Interrupts, Say, command, complain
+from infobatch_fast.train.config import Config
+from infobatch_fast.train.ledger import Diverged
+from infobatch_fast.train.loop import evaluate, find_device, train
+from infobatch_fast.train.models import make_model
+
+OUT_OF_MEMORY = (
+    "lower --batch-size, --synthetic-samples or --synthetic-classes, "
+    "or take a smaller --model or --amp bf16"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        return command(lambda interrupts, say: run(words, interrupts, say), OUT_OF_MEMORY)
+    except (Diverged, HostSync) as error:
+        return complain(f"error: {error}", 1)
+
+
+def run(arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
+    """The command line: train, resume or evaluate.
+
+    Raises:
+        Diverged, Interrupted, UserError: as they say.
+    """
+    evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
+    if evaluated is not None and resumed is not None:
+        raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UserError(f"WORLD_SIZE must be 1: one process trains alone, got {processes}")
+    if evaluated is not None:
+        evaluate_file(Path(evaluated).expanduser(), arguments, say)
+    elif resumed is not None:
+        resume(Path(resumed).expanduser(), arguments, interrupts, say)
+    else:
+        start(arguments, interrupts, say)
+
+
+def start(arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
+    """Train a run of its own."""
+    settings = config.parse(arguments, cuda=torch.cuda.is_available())
+    say(console.preset_line(settings, config.peek(arguments, "preset") is not None))
+    device = find_device(settings.device)
+    data = load_data(settings, device, say, stand_in=True)
+    settings = config.settle(settings, data.name, device.type)
+    _check(settings, data)
+    folder = settings.out.expanduser() if settings.out else Path("runs") / _name(settings)
+    made = records.make_folder(folder)
+    with record.locked(folder):
+        record.check_empty(folder)
+        try:
+            about = records.RunRecord(
+                config=settings.recorded(),
+                data=data.source,
+                samples={"train": data.labels.numel(), "test": data.test_labels.numel()},
+                classes=None if data.classes is None else list(data.classes),
+                **record.provenance(device),
+            )
+            records.write_json(folder / records.CONFIG, about)
+            summary = train(settings, data, folder, None, interrupts, say)
+        except (UserError, MemoryError, RuntimeError):
+            record.discard(folder, made)  # the mended command may name the same folder
+            raise
+    for line in console.summary_lines(summary, folder):
+        say(line)
+
+
+def resume(folder: Path, arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
+    """Continue a run from its checkpoint, or start it over if it has none."""
+    if not (folder / records.CONFIG).exists():
+        raise UserError(f"resume must be a run's folder, with config.json in it, got {folder}")
+    with record.locked(folder):
+        settings = config.of_run(arguments, _recorded(folder), "resume")
+        if (folder / records.SUMMARY).exists():
+            say(f"resume     nothing to do: {folder} is complete")
+            summary = records.read(records.Summary, folder / records.SUMMARY)
+        else:
+            saved = None
+            if (folder / records.CHECKPOINT).exists():
+                saved = record.load(folder / records.CHECKPOINT)
+            else:
+                say("resume     from the start, as no checkpoint was written yet")
+                records.write_epochs(folder / records.EPOCHS, [])
+            data = load_data(settings, find_device(settings.device), say)
+            _check(settings, data)
+            summary = train(settings, data, folder, saved, interrupts, say)
+    for line in console.summary_lines(summary, folder):
+        say(line)
+
+
+def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
+    """Print the test accuracy of a checkpoint, a weights file or a run's folder."""
+    if path.is_dir():
+        path = path / records.CHECKPOINT
+    state = record.load_tensors(path)
+    if isinstance(state.get("step"), dict):
+        weights = state["step"].get("model", {})
+        settings = config.of_run(arguments, config.from_record(state["config"]), "evaluate")
+    elif (path.parent / records.CONFIG).exists():
+        weights, settings = state, config.of_run(arguments, _recorded(path.parent), "evaluate")
+    else:  # weights from elsewhere: the command line says of which model
+        weights, settings = state, config.parse(arguments, cuda=torch.cuda.is_available())
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"evaluate must be a checkpoint or a model's weights, got {path} of others")
+    # A run of another machine is evaluated on what this one has; but synthetic data are its own.
+    here = config.peek(arguments, "device") or "auto"
+    device = find_device(settings.device if settings.dataset == "synthetic" else here)
+    data = load_data(settings, device, say)
+    model = make_model(settings.model, data.num_classes)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"checkpoint {path} does not fit {settings.model}: {reason(error)}"
+        ) from None
+    model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
+    accuracy = evaluate(model, data, settings.amp)
+    say(
+        f"test accuracy {accuracy:.2%}: {path}, {settings.model} on the "
+        f"{data.test_labels.numel():,} test images of {data.name} ({data.source})"
+    )
+
+
+def load_data(
+    settings: Config, device: torch.device, say: Say, *, stand_in: bool = False
+) -> Dataset:
+    """The data set, on the device.
+
+    Args:
+        stand_in: whether `quick`, if no data set was named, may take a synthetic one, loudly.
+
+    Raises:
+        UserError: there is none, or a file of it is broken.
+    """
+    name = settings.dataset or "cifar10"
+    if name != "synthetic":
+        try:
+            data = load_cifar(name, settings.data_dir or default_data_dir())
+            return data.part(settings.data_fraction).to(device)
+        except DataMissing as missing:
+            named = settings.dataset or settings.data_dir or os.environ.get("INFOBATCH_DATA")
+            if not stand_in or settings.preset != "quick" or named:
+                raise
+            say(f"WARNING: {missing}")
+            say("WARNING: taking SYNTHETIC data instead; the accuracy will say nothing of CIFAR-10")
+    return make_synthetic(
+        settings.synthetic_samples,
+        max(1, settings.synthetic_samples // 5),
+        settings.synthetic_classes,
+        easy=settings.synthetic_easy,
+        hard=settings.synthetic_hard,
+        seed=settings.seed,
+        device=device,
+    ).part(settings.data_fraction)
+
+
+def _recorded(folder: Path) -> Config:
+    return config.from_record(records.read(records.RunRecord, folder / records.CONFIG).config)
+
+
+def _check(settings: Config, data: Dataset) -> None:
+    samples, part = data.labels.numel(), settings.data_fraction
+    if settings.batch_size > samples:
+        of = f" of data_fraction {part:g}" if part < 1 else ""
+        raise UserError(
+            f"batch_size must be at most the {samples} training samples{of}, "
+            f"got {settings.batch_size}"
+        )
+    if settings.compile and settings.host_syncs != "off" and data.images.device.type == "cpu":
+        # What watches the reads would silently keep torch.compile from compiling.
+        raise UserError(
+            f"host_syncs must be off with --compile on a CPU, got {settings.host_syncs}"
+        )
+
+
+def _name(settings: Config) -> str:
+    when = datetime.now().strftime("%Y%m%d-%H%M%S")
+    pruning = settings.pruning.slug
+    return f"{settings.dataset}-{settings.model}-{pruning}-s{settings.seed}-{when}-{os.getpid()}"
+
 
 if __name__ == "__main__":
     sys.exit(main())

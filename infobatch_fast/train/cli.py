@@ -6,14 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from types import FrameType
 from typing import TypeVar
 
-import torch
 import tyro
 from tqdm import tqdm
 
+import infobatch_fast
 from infobatch_fast.errors import UserError
 
 OptionsT = TypeVar("OptionsT")
@@ -34,20 +33,23 @@ class Interrupted(BaseException):
 class Unheard(Exception):
     """The output takes no more lines."""
 
-    def __init__(self, reason: OSError) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
 
 class Interrupts:
-    """Ctrl-C and SIGTERM, taken over in a `with`: raised at once, in training at a step's end."""
+    """Ctrl-C, SIGTERM and SIGHUP, taken over in a `with`: raised at once, or kept in `received`.
+
+    Attributes:
+        deferred: whether the first is kept, for a training step to end before it.
+        received: its number.
+    """
 
     def __init__(self) -> None:
         self.deferred = False
         self.received: int | None = None
 
     def __enter__(self) -> "Interrupts":
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            signals.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
@@ -78,27 +80,17 @@ def command(body: Callable[[Interrupts, Say], None], out_of_memory: str) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a folder's name in a terminal's ASCII
-
-    def say(line: str) -> None:
-        try:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError as error:
-            # Keep Python from failing at it again when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise Unheard(error) from None
-
     try:
         with Interrupts() as interrupts:
-            body(interrupts, say)
+            body(interrupts, _say)
     except UserError as error:
         return complain(f"error: {error}", 2)
     except Interrupted as stop:
         return complain(str(stop), stop.code)
     except Unheard as error:
-        if isinstance(error.reason, BrokenPipeError):  # of `| head`: not worth a word
+        if isinstance(error.__cause__, BrokenPipeError):  # of `| head`: not worth a word
             return 128 + signal.SIGPIPE
-        return complain(f"error: cannot write the output: {error.reason.strerror}", 2)
+        return complain(f"error: cannot write the output: {error}", 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -106,38 +98,49 @@ def command(body: Callable[[Interrupts, Say], None], out_of_memory: str) -> int:
     return 0
 
 
+def _say(line: str) -> None:
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        # Keep Python from failing at it again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Unheard(error.strerror) from error
+
+
 def complain(message: str, code: int) -> int:
     """Print one line to stderr, whatever a path in it may hold, and return `code`."""
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    with suppress(OSError):  # nowhere to complain
+    with contextlib.suppress(OSError):  # nowhere to complain
         print(plain, file=sys.stderr, flush=True)
     return code
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the host's or the device's memory ran out."""
-    text = str(error).lower()
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    # The last is what oneDNN says on a CPU.
+    # torch's own kind by its name, for commands without torch; the last sign is oneDNN's.
     signs = ("out of memory", "can't allocate memory", "could not create a primitive")
-    return known or any(sign in text for sign in signs)
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(sign in str(error).lower() for sign in signs)
 
 
 def parse(
     kind: type[OptionsT], arguments: Sequence[str], program: str, default: OptionsT
 ) -> OptionsT:
-    """A dataclass from the command line, by tyro.
+    """A dataclass, whose docstring is the help text, from the command line.
 
     Args:
-        kind: the dataclass; its docstring is the help text.
         arguments: the words after the program's name.
         program: how the user calls it.
         default: the values of flags that are not given.
 
     Raises:
         UserError: a flag does not parse, in one line.
-        SystemExit: with code 0 after --help.
+        SystemExit: with code 0 after --help and --version.
     """
+    if "--version" in arguments:
+        print(f"infobatch_fast {infobatch_fast.__version__}")
+        raise SystemExit(0)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -160,4 +163,5 @@ def _one_line(box: str) -> str:
             break
         if not line.startswith("──") and not framed.startswith("│" + 9 * " "):  # a flag's help
             words.append(line)
-    return " ".join(" ".join(words).split()) or "the command line does not parse"
+    text = " ".join(" ".join(words).split()) or "the command line does not parse"
+    return text.removeprefix("Error parsing pruning: ")  # of a dataclass that checks itself

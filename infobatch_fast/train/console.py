@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from infobatch_fast.data.cifar import Dataset
+from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
-from infobatch_fast.pruning import Pruning
 from infobatch_fast.train.config import Config
+from infobatch_fast.train.records import EpochLine, Summary
+
+PRUNABLE = {"soft": "well-learned", "repb": "samples below the mean of their batch"}
+REACHED = 0.001  # of all samples: whole samples and batches need not meet a target exactly
 
 
 def preset_line(settings: Config, chosen: bool) -> str:
@@ -23,65 +26,62 @@ def preset_line(settings: Config, chosen: bool) -> str:
 
 
 def header(
-    settings: Config, data: Dataset, device: dict[str, Any], parameters: int, loader: str
+    settings: Config,
+    data: Dataset,
+    device: dict[str, Any],
+    parameters: int,
+    infobatch: InfoBatch,
+    loader: str,
 ) -> list[str]:
     """Device, data, model, recipe, and what pruning can save at most."""
-    where = (
-        f"{device['name']}, torch threads: {device['threads']}"
-        if "threads" in device
-        else (f"{device['name']}, {device['memory_bytes'] / 2**30:.0f} GiB, CUDA {device['cuda']}")
-    )
-    samples, tests = data.labels.numel(), data.test_labels.numel()
+    if "threads" in device:
+        where = f"{device['name']}, torch threads: {device['threads']}"
+    else:
+        memory = device["memory_bytes"] / 2**30
+        where = f"{device['name']}, {memory:.0f} GiB, CUDA {device['cuda']}"
     kind = data.name if data.name == data.source else f"{data.name} ({data.source})"
-    epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
     precision = {"off": "float32"}.get(settings.amp, f"{settings.amp} autocast")
-    return [
+    lines = [
         f"device     {where}",
-        f"data       {kind}: {samples:,} training and {tests:,} test images, "
-        f"{data.num_classes} classes, fed by {loader}",
+        f"data       {kind}: {data.labels.numel():,} training and {data.test_labels.numel():,} "
+        f"test images, {data.num_classes} classes, fed by {loader}",
         f"model      {settings.model}, {parameters:,} parameters, channels_last, {precision}"
         + (", compiled" if settings.compile else "")
         + (", steps as CUDA graphs" if settings.graph else ""),
-        f"recipe     {epochs}, batch {settings.batch_size}, {settings.optimizer}, "
-        f"one-cycle to lr {settings.max_lr:g}, weight decay {settings.weight_decay:g}, "
-        f"label smoothing {settings.label_smoothing:g}, seed {settings.seed}",
+        f"recipe     {settings.epochs} epoch{'s' * (settings.epochs > 1)}, batch "
+        f"{settings.batch_size}, {settings.optimizer}, one-cycle to lr {settings.max_lr:g}, weight "
+        f"decay {settings.weight_decay:g}, label smoothing {settings.label_smoothing:g}, "
+        f"seed {settings.seed}",
         pruning_line(settings),
     ]
-
-
-PRUNABLE = {"soft": "well-learned", "repb": "samples below the mean of their batch"}
-REACHED = 0.001  # of all samples: whole samples and batches need not meet a target exactly
+    return [*lines, *([] if settings.pruning.target_saving is None else [target_line(infobatch)])]
 
 
 def pruning_line(settings: Config) -> str:
     """The pruning and its upper bound, delta * ratio * share."""
-    delta = settings.delta if settings.anneal or settings.delta == 0 else 1.0
-    most = delta * settings.ratio
-    aimed = settings.target_saving is not None
-    if (delta if aimed else most) == 0 or settings.policy == "none":
+    of = settings.pruning
+    if of.full_data:
         return "pruning    none: every epoch trains on all samples"
-    ablations = [
-        name
-        for name, on in (("no rescaling", settings.rescale), ("no annealing", settings.anneal))
-        if not on
-    ]
-    if settings.ratio_schedule != "constant":
-        ablations.append(f"{settings.ratio_schedule} schedule")
-    if settings.score != "loss":
-        ablations.append(f"{settings.score} scores")
-    line = f"pruning    {', '.join([settings.policy, *ablations])}: "
-    if aimed:
-        line += f"to save {settings.target_saving:.1%} of all samples"
+    delta = of.delta if of.anneal else 1.0
+    told = {
+        "no rescaling": not of.rescale,
+        "no annealing": not of.anneal,
+        f"{of.ratio_schedule} schedule": of.ratio_schedule != "constant",
+        f"{of.score} scores": of.score != "loss",
+    }
+    line = f"pruning    {', '.join([of.policy, *(name for name, on in told.items() if on)])}: "
+    if of.target_saving is not None:
+        line += f"to save {of.target_saving:.1%} of all samples"
     else:
-        line += f"saves at most delta x ratio x share = {delta:g} x {settings.ratio:g} x share = "
-        line += f"{most:.1%} x share of the {PRUNABLE.get(settings.policy, 'samples seen')}"
-    full = settings.epochs - Pruning(delta=delta).first_full_epoch(settings.epochs)
+        line += f"saves at most delta x ratio x share = {delta:g} x {of.ratio:g} x share = "
+        line += f"{delta * of.ratio:.1%} x share of the {PRUNABLE.get(of.policy, 'samples seen')}"
+    full = settings.epochs - of.first_full_epoch(settings.epochs)
     if full == 1:
         return line + "; the last epoch trains on all"
     return line + (f"; the last {full} epochs train on all" if full else "")
 
 
-def target_lines(infobatch: InfoBatch) -> list[str]:
+def target_line(infobatch: InfoBatch) -> str:
     """What --target-saving asks of each epoch, and whether that can be."""
     target, most = infobatch.pruning.target_saving, infobatch.most_saving
     assert target is not None
@@ -94,13 +94,13 @@ def target_lines(infobatch: InfoBatch) -> list[str]:
                 f"{pruning} of the {infobatch.num_epochs} epochs can leave out samples{weighted}, "
                 f"and so the run can save {most:.1%} at most"
             )
-        return [f"WARNING: target_saving {target:g} cannot be reached: {why}"]
+        return f"WARNING: target_saving {target:g} cannot be reached: {why}"
     part = target * infobatch.num_epochs / pruning
     line = f"target     {part:.1%} of the samples out of each epoch that prunes, "
     if infobatch.pruning.policy in PRUNABLE:
         needed = part / infobatch.most_ratio
-        return [f"{line}possible while {needed:.1%} are {PRUNABLE[infobatch.pruning.policy]}"]
-    return [f"{line}which {infobatch.pruning.policy} can do"]
+        return f"{line}possible while {needed:.1%} are {PRUNABLE[infobatch.pruning.policy]}"
+    return f"{line}which {infobatch.pruning.policy} can do"
 
 
 def strained(plan: Plan, infobatch: InfoBatch) -> str | None:
@@ -112,107 +112,106 @@ def strained(plan: Plan, infobatch: InfoBatch) -> str | None:
     if infobatch.most_ratio < 1:
         why = f"at most {infobatch.most_ratio:.0%}, as those kept are weighted"
     last = plan.epoch == infobatch.first_full_epoch - 1
-    target = infobatch.pruning.target_saving
     return (
-        f"WARNING: target_saving {target:g} asks epoch {plan.epoch + 1} to "
-        f"leave out {infobatch.asked:,.0f} samples; of its {plan.num_prunable:,} prunable ones it "
-        f"leaves out {why}: {plan.num_samples - len(plan):,}; "
+        f"WARNING: target_saving {infobatch.pruning.target_saving:g} asks epoch {plan.epoch + 1} "
+        f"to leave out {infobatch.asked:,.0f} samples; of its {plan.num_prunable:,} prunable ones "
+        f"it leaves out {why}: {plan.num_samples - len(plan):,}; "
         f"{'so it is missed' if last else 'the rest falls to later epochs'}"
     )
 
 
-def epoch_line(line: dict[str, Any], epochs: int, samples: int, *, ratio: bool = False) -> str:
-    """One epoch: kept, loss, learning rate, accuracy, images/s, seconds, seconds of pruning.
-
-    Args:
-        line: the epoch's record.
-        epochs: of the run.
-        samples: N.
-        ratio: show the epoch's, where it is not the same for all.
-    """
-    width = len(str(epochs))
-    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-    if len(loss) > 12:
-        loss = f"{line['loss']:.2e}"
-    accuracy = "     -" if line["accuracy"] is None else f"{line['accuracy']:6.2%}"
-    pruning = line["pruning_seconds"]
-    text = (
-        f"epoch {line['epoch']:{width}}/{epochs}  kept {line['kept']:{len(f'{samples:,}')},}/"
-        f"{samples:,}  loss {loss}  lr {line['lr']:.2e}  accuracy {accuracy}  "
-        f"{line['images_per_second']:7,.0f} images/s  "
-        f"{line['train_seconds'] + (pruning or 0.0):.2f} s"
-    )
-    if pruning is not None:
-        text += f"  pruning {pruning:.4f} s"
-    if ratio:
-        text += f"  r {line['ratio']:.3f}"
-    if line["host_syncs"] is not None:
-        text += f"  host syncs {line['host_syncs']}"
-    if line["skipped_steps"]:
-        text += f"  SKIPPED {line['skipped_steps']} non-finite steps"
-    return text
-
-
-def summary_lines(summary: dict[str, Any], folder: Path) -> list[str]:
-    """The results of a finished run."""
-    full = summary["samples_trained"] + summary["samples_saved"]
-    lines = [
-        f"accuracy   {summary['accuracy_last']:.2%} after the last epoch; best "
-        f"{summary['accuracy_best']:.2%} (epoch {summary['accuracy_best_epoch']}, picked on the "
-        "test set)",
-        _time_line(summary),
-        f"samples    trained on {summary['samples_trained']:,} of {full:,}; saved "
-        f"{summary['samples_saved']:,} ({summary['saved_share']:.1%})",
-        _energy_line(summary),
-        f"memory     {summary['peak_memory_bytes'] / 2**30:.2f} GiB at the peak",
-        f"run        {folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt, "
-        "arrays of the samples (.npy)",
-    ]
-    if summary["target_saving"] is not None:
-        reached = summary["saved_share"] >= summary["target_saving"] - REACHED
-        lines.insert(
-            3,
-            f"target     {summary['target_saving']:.1%} of the samples to save: "
-            f"{'reached' if reached else 'NOT REACHED'}, {summary['saved_share']:.1%}",
+def epoch_line(line: EpochLine, settings: Config, samples: int) -> str:
+    """One epoch: kept of N samples, loss, learning rate, accuracy, images/s, seconds."""
+    width, total = len(str(settings.epochs)), f"{samples:,}"
+    loss = line.loss or 0.0
+    of = settings.pruning
+    speed = "-" if line.images_per_second is None else f"{line.images_per_second:,.0f}"
+    return "  ".join(
+        part
+        for part, shown in (
+            (f"epoch {line.epoch:{width}}/{settings.epochs}", True),
+            (f"kept {line.kept:{len(total)},}/{total}", True),
+            (f"loss {loss:{'.4f' if loss < 1e6 else '.2e'}}", True),
+            (f"lr {line.lr:.2e}", True),
+            ("accuracy " + ("     -" if line.accuracy is None else f"{line.accuracy:6.2%}"), True),
+            (f"{speed:>7} images/s", True),
+            (f"{line.train_seconds + (line.pruning_seconds or 0.0):.2f} s", True),
+            (f"pruning {line.pruning_seconds or 0.0:.4f} s", line.pruning_seconds is not None),
+            (f"start-up {line.startup_seconds:.1f} s", line.startup_seconds),
+            (f"r {line.ratio:.3f}", of.target_saving or of.ratio_schedule != "constant"),
+            (f"host syncs {line.host_syncs}", line.host_syncs is not None),
+            (f"SKIPPED {line.skipped_steps} non-finite steps", line.skipped_steps),
         )
-    if summary["phases"] is not None:
-        lines.insert(2, phases_line(summary["phases"]))
-    if summary["host_syncs"] is not None:
-        lines.insert(-2, f"host syncs {summary['host_syncs']:,} within {summary['epochs']} epochs")
-    if summary["data"] != "genuine":
-        lines.append("WARNING: this was SYNTHETIC data; the accuracy says nothing of CIFAR-10")
-    return lines
+        if shown
+    )
 
 
-def phases_line(phases: dict[str, float]) -> str:
-    """What each phase took, and its share of them all."""
+def summary_lines(summary: Summary, folder: Path) -> list[str]:
+    """The results of a finished run."""
+    full = summary.samples_trained + summary.samples_saved
+    target, phases = summary.target_saving, summary.phases or {}
+    reached = target is not None and summary.saved_share >= target - REACHED
     total = max(sum(phases.values()), 1e-9)
-    words = [f"{name} {took:.2f} s ({took / total:.1%})" for name, took in phases.items()]
-    return f"phases     {', '.join(words)}"
+    shares = (f"{name} {took:.2f} s ({took / total:.1%})" for name, took in phases.items())
+    lines = {
+        "accuracy": f"{summary.accuracy_last:.2%} after the last epoch; best "
+        f"{summary.accuracy_best:.2%} (epoch {summary.accuracy_best_epoch}, picked on the test "
+        "set)",
+        "time": _time(summary),
+        "phases": ", ".join(shares),
+        "samples": f"trained on {summary.samples_trained:,} of {full:,}; saved "
+        f"{summary.samples_saved:,} ({summary.saved_share:.1%})",
+        "target": target
+        and f"{target:.1%} of the samples to save: {'reached' if reached else 'NOT REACHED'}, "
+        f"{summary.saved_share:.1%}",
+        "energy": _energy(summary),
+        "host syncs": summary.host_syncs is not None
+        and f"{summary.host_syncs:,} within {summary.epochs} epochs",
+        "memory": f"{summary.peak_memory_bytes / 2**30:.2f} GiB at the peak",
+        "form": _form(summary),
+        "run": f"{folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt, "
+        "arrays of the samples (.npy)",
+    }
+    told = [f"{name:10} {text}" for name, text in lines.items() if text]
+    if summary.data == "synthetic":
+        told.append("WARNING: this was SYNTHETIC data; the accuracy says nothing of CIFAR-10")
+    return told
 
 
-def _time_line(summary: dict[str, Any]) -> str:
-    training, pruning = summary["train_seconds"], summary["pruning_seconds"]
-    line = f"time       {summary['seconds']:.1f} s: training {training:.1f} s, "
+def _time(summary: Summary) -> str:
+    training, pruning = summary.train_seconds, summary.pruning_seconds
+    parts = [f"training {training:.1f} s"]
     if pruning is not None:
         share = pruning / max(pruning + training, 1e-9)
-        part = "" if summary["update_timed"] else "; the update is in the step"
-        line += f"pruning {pruning:.3f} s ({share:.2%} of both{part}), "
-    return line + (
-        f"evaluation {summary['evaluation_seconds']:.1f} s, "
-        f"checkpoints {summary['checkpoint_seconds']:.1f} s"
-    )
+        part = "" if summary.update_timed else "; the update is in the step"
+        parts.append(f"pruning {pruning:.3f} s ({share:.2%} of both{part})")
+    if summary.startup_seconds:
+        parts.append(f"start-up {summary.startup_seconds:.1f} s")
+    parts.append(f"evaluation {summary.evaluation_seconds:.1f} s")
+    parts.append(f"checkpoints {summary.checkpoint_seconds:.1f} s")
+    each = "" if summary.epoch_seconds is None else f"; an epoch {summary.epoch_seconds:.2f} s"
+    return f"{summary.seconds or 0.0:.1f} s: {', '.join(parts)}{each}"
 
 
-def _energy_line(summary: dict[str, Any]) -> str:
-    if summary["joules"] is None:
-        absent = summary["nvml"]["absent"]
+def _energy(summary: Summary) -> str:
+    if summary.joules is None:
+        absent = summary.nvml["absent"]
         why = absent.get("all") or absent.get("joules") or "not at every reading of the run"
-        return f"energy     not measured: {why}"
-    line = f"energy     {summary['joules']:,.0f} J"
-    if summary["joules_per_image"] is not None:
+        return f"not measured: {why}"
+    line = f"{summary.joules:,.0f} J"
+    if summary.joules_per_image is not None:
         line += (
-            f": {summary['joules_per_image']:.4f} J an image trained on, and by that about "
-            f"{summary['joules_saved']:,.0f} J saved"
+            f": {summary.joules_per_image:.4f} J an image trained on, and by that about "
+            f"{summary.joules_saved:,.0f} J saved"
         )
     return line
+
+
+def _form(summary: Summary) -> str | None:
+    """What the run really was, at its end; an older summary does not say."""
+    if summary.loader is None:
+        return None
+    network = "compiled" if summary.compiled else "not compiled"
+    steps = "captured" if summary.captured else "not captured"
+    kernels = "Triton" if summary.by_kernels else "torch"
+    return f"network {network}, steps {steps}, operations by {kernels}, fed by {summary.loader}"

@@ -1,11 +1,12 @@
-"""A run's folder: config.json, epochs.jsonl, summary.json, and where its results come from."""
+"""A run's folder: who trains in it, where its results come from, and its checkpoints."""
 
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import subprocess
+import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -17,28 +18,18 @@ import torch
 import infobatch_fast
 from infobatch_fast.errors import UserError
 from infobatch_fast.telemetry import nvml
-from infobatch_fast.train.records import write_atomically
+from infobatch_fast.train.records import (  # noqa: F401
+    CHECKPOINT,
+    CONFIG,
+    EPOCHS,
+    RESULTS,
+    SUMMARY,
+    WEIGHTS,
+    atomically,
+    make_folder,
+)
 
-CONFIG = "config.json"
-EPOCHS = "epochs.jsonl"
-SUMMARY = "summary.json"
-CHECKPOINT = "checkpoint.pt"
-WEIGHTS = "model.pt"
-RESULTS = "results.jsonl"  # beside the folders of many runs: a line a run
-
-
-def make_folder(folder: Path) -> bool:
-    """Make a run's folder if it is not there; returns whether it was made.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {_reason(error)}") from None
-    return made
+CHECKPOINT_VERSION = 1
 
 
 @contextmanager
@@ -53,7 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise UserError(f"cannot open the run's folder {folder}: {_reason(error)}") from None
+        raise UserError(f"cannot open the run's folder {folder}: {error.strerror}") from None
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +65,7 @@ def check_empty(folder: Path) -> None:
     try:
         content = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
     except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {_reason(error)}") from None
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
     if content:
         hint = f" (continue that run with --resume {folder})" if CONFIG in content else ""
         raise UserError(
@@ -83,50 +74,13 @@ def check_empty(folder: Path) -> None:
 
 
 def discard(folder: Path, made: bool) -> None:
-    """Take back a run that came to nothing: its records, and the folder itself if it was `made`."""
-    for name in (CONFIG, EPOCHS, f".{CONFIG}.tmp", f".{EPOCHS}.tmp"):
-        with suppress(OSError):
-            (folder / name).unlink()
-    if made:
-        with suppress(OSError):
+    """Take back a run that has recorded nothing yet, and the folder itself if it was `made`."""
+    if any((folder / name).exists() for name in (EPOCHS, CHECKPOINT)):
+        return
+    with suppress(OSError):
+        (folder / CONFIG).unlink(missing_ok=True)
+        if made:
             folder.rmdir()
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write one JSON object, atomically.
-
-    Raises:
-        UserError: the disk is full or read-only.
-    """
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        UserError: it is missing or no JSON object.
-    """
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise UserError(f"{path} must be a regular file, got something else")
-        value = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {_reason(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object: it holds a {type(value).__name__}")
-    return value
-
-
-def write_epochs(path: Path, epochs: list[dict[str, Any]]) -> None:
-    """Write epochs.jsonl anew: an epoch a line, so that no kill can leave half a line.
-
-    Raises:
-        UserError: the disk is full or read-only.
-    """
-    write_atomically(path, "".join(json.dumps(epoch) + "\n" for epoch in epochs).encode())
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -173,22 +127,18 @@ def source_hash() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where its sources differ; None outside a checkout."""
+    """The checkout's commit, with "-dirty" where its sources differ.
+
+    Where a checkout travelled as files, INFOBATCH_COMMIT has it; None where nothing does.
+    """
     root = Path(infobatch_fast.__file__).parent.parent
     # The package may lie inside a repository that is not its own.
     if (root / ".git").exists() and (root / "pyproject.toml").exists():
-        try:
+        with suppress(OSError, subprocess.SubprocessError):
             head = _git(root, "rev-parse", "HEAD")
             changed = _git(root, "status", "--porcelain", "--", "infobatch_fast", "kernels")
-        except (OSError, subprocess.SubprocessError):
-            pass
-        else:
             return head + ("-dirty" if changed else "")
-    try:
-        # A checkout that travelled as files alone carries its commit beside them.
-        return (root / ".gpu" / "commit").read_text().strip()
-    except OSError:
-        return None
+    return os.environ.get("INFOBATCH_COMMIT") or None
 
 
 def _git(root: Path, *words: str) -> str:
@@ -207,14 +157,60 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Save a dictionary of tensors and plain values, atomically and without a copy of it all.
+
+    Raises:
+        UserError: it could not be written; an older file is still there.
+    """
+    with atomically(path) as file:
+        torch.save(state, file)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A run's checkpoint, on the CPU.
+
+    Raises:
+        UserError: it is damaged, no checkpoint, or of another version.
+    """
+    state = load_tensors(path)
+    if (found := state.get("version")) != CHECKPOINT_VERSION:
+        raise UserError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}, got {found}")
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """What `save` or torch.save wrote, onto the CPU; executes nothing of it.
+
+    Raises:
+        UserError: it is missing, unreadable, damaged by as much as a bit, or holds something else.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never end
+        raise UserError(f"checkpoint {path} must be a regular file, got something else")
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    try:
+        with file, warnings.catch_warnings(action="ignore"):  # of files torch.save did not write
+            if zipfile.is_zipfile(file):  # torch itself does not look at the sums
+                damaged = zipfile.ZipFile(file).testzip()
+                if damaged is not None:
+                    raise zipfile.BadZipFile(damaged)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # nearly every kind is raised for a damaged or hostile file
+        raise UserError(
+            f"checkpoint {path} cannot be loaded ({type(error).__name__}): "
+            "it is cut short, damaged, or no checkpoint"
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {path} must hold a dictionary, got {type(state).__name__}")
+    return state

@@ -52,6 +52,11 @@ class GraphStep:
         """Whether the step of the largest batch so far is replayed from its graph."""
         return max(self.step.seen, default=None, key=lambda shape: shape[0]) in self._graphs
 
+    @property
+    def pending(self) -> bool:
+        """Whether `capture` has something to do."""
+        return not self.failure and len(self._graphs) < len(self._static)
+
     def is_new(self, shape: torch.Size) -> bool:
         """As of `TrainStep`; the capture itself, another part of start-up, is in `capture`."""
         return self.step.is_new(shape)

@@ -1,99 +1,132 @@
-"""How far a run is: its finished epochs, the seconds it spent on what, and its checkpoints."""
+"""How far a run is: its epochs, what it spent on what, what became of its samples, checkpoints.
+
+Dimensions: N samples, E epochs, M samples tracked, P samples pictured.
+"""
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.plan import Plan
-from infobatch_fast.telemetry.phases import PHASES, PRUNING, Nvml, peak_memory
-from infobatch_fast.train import checkpoint, config
+from infobatch_fast.telemetry.phases import PHASES, PRUNING, HostSyncs, Nvml, peak_memory
+from infobatch_fast.train import config, folder, records
 from infobatch_fast.train.config import Config
-from infobatch_fast.train.samples import SampleRecord
+from infobatch_fast.train.records import EpochLine, Summary
 from infobatch_fast.train.step import Counts, TrainStep
 
 NONFINITE_LIMIT = 20  # such steps in a row end the run
 CHECKPOINT_SECONDS = 60.0
+TRACKED = 1024  # samples whose scores are kept for each epoch: 4 kB an epoch
+PICTURED = 48  # samples whose images are kept, half of them the least kept ones
 
-# "seconds" is all of an epoch's wall time; the others are parts of it, apart from each other: what
-# pruning took is not in the training time.
+# What `spending` counts: "seconds" is all of the wall time, the others are parts of it, apart from
+# each other. Joules are of all, and of training and pruning alone.
 SECONDS = (
     "seconds",
     "train_seconds",
     "pruning_seconds",
+    "startup_seconds",
     "evaluation_seconds",
     "checkpoint_seconds",
 )
-JOULES = ("joules", "train_joules")  # of the epoch, and of its training and pruning alone
-_SUMMED = ("kept", "skipped_steps", *SECONDS, *JOULES, "host_syncs")
-_SUMMARISED = {"accuracy", "loss", "phases", "expected_saving", *_SUMMED}  # of each epoch's line
+JOULES = ("joules", "train_joules")
 
 
 class Diverged(Exception):
-    """Too many steps in a row had gradients that are not finite."""
+    """Too many steps had gradients that are not finite."""
 
 
-class Progress:
+class Ledger:
     """The state of a run outside the training step.
 
     Args:
+        settings: saved in checkpoints, and compared when one is loaded.
         step: the training step of an InfoBatch, whose state the checkpoints hold.
-        path: the checkpoint's file.
-        settings: saved beside it, and compared when it is loaded.
+        path: the run's folder.
         meter: of the device's energy.
     """
 
-    def __init__(self, step: TrainStep, path: Path, settings: Config, meter: Nvml) -> None:
+    def __init__(self, settings: Config, step: TrainStep, path: Path, meter: Nvml) -> None:
         assert step.infobatch is not None
-        self.step, self.path, self.settings, self.meter = step, path, settings, meter
+        self.settings, self.step, self.path, self.meter = settings, step, path, meter
         self.infobatch = step.infobatch
-        self.samples = SampleRecord(self.infobatch.num_samples, self.infobatch.scores.device)
+        self.device = self.infobatch.scores.device
+        self.samples = SampleRecord(self.infobatch.num_samples, self.device)
         self.epoch = 0  # epochs finished
         self.since_epoch = 1  # the first that this session trained in
-        self.history: list[dict[str, Any]] = []
+        self.history: list[EpochLine] = []
         self._clear()
         self._saved_at = -math.inf
-        self._now: tuple[float, float | None] = 0.0, None  # when what was spent was last added up
-        self._training: tuple[float, float | None] | None = None
+        self._account: str | None = None
+        self._then: tuple[float, float | None] = 0.0, None
 
     def _clear(self) -> None:
         # Since the last epoch was closed; None is "not measured".
-        self.spent: dict[str, float | None] = dict.fromkeys((*SECONDS, *JOULES), 0.0)
+        self.spent: dict[str, Any] = {**dict.fromkeys((*SECONDS, *JOULES), 0.0)}
+        self.spent["startup_images"] = 0
         self.phases: dict[str, float] | None = dict.fromkeys(PHASES, 0.0)
 
     def begin(self) -> None:
         """Count time and energy from now on."""
-        self._now = time.perf_counter(), self.meter.joules()
+        self._then = time.perf_counter(), self.meter.joules()
         self.step.phases.read()
 
-    def start_clock(self) -> None:
-        """Count time and energy from now on as training."""
-        self._training = time.perf_counter(), self.meter.joules()
-
-    def stop_clock(self) -> None:
-        """End that; what the phases took of it for pruning is counted as pruning instead."""
-        assert self._training is not None
-        seconds, joules = _between(self._training, (time.perf_counter(), self.meter.joules()))
-        phases = self._add_phases()
-        pruning = sum(phases.get(name, 0.0) for name in PRUNING) if phases else None
-        self._add(
-            pruning_seconds=pruning, train_seconds=seconds - (pruning or 0.0), train_joules=joules
-        )
-        self._training = None
-
     @contextmanager
-    def spending(self, name: str) -> Iterator[None]:
-        """Add what the block takes to one of `SECONDS`."""
-        start = time.perf_counter()
+    def spending(self, account: str) -> Iterator[None]:
+        """Count the block as train, startup, evaluation or checkpoint, but for such within it."""
+        outer = self._account
+        self._lap(account)
         try:
             yield
         finally:
-            self._add(**{name: time.perf_counter() - start})
+            self._lap(outer)
+
+    @contextmanager
+    def starting(self, images: int, watch: HostSyncs) -> Iterator[None]:
+        """Count the block as start-up that so many images went through, host syncs uncounted."""
+        with watch.allowed(), self.spending("startup"):
+            yield
+        self.spent["startup_images"] += images
+
+    def _lap(self, account: str | None) -> None:
+        """Count what passed since the last lap where it belongs; what follows is `account`'s."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # a few times an epoch: what is queued is this account's
+        then, self._then = self._then, (time.perf_counter(), self.meter.joules())
+        phases = self.step.phases.read()
+        passed: dict[str, float | None] = {
+            "seconds": self._then[0] - then[0],
+            "joules": _plus(self._then[1], then[1], -1),
+        }
+        if self._account == "train":
+            # What the phases took of it for pruning is counted as that instead.
+            pruning = sum(phases.get(name, 0.0) for name in PRUNING) if phases else None
+            passed["pruning_seconds"] = pruning
+            passed["train_seconds"] = _plus(passed["seconds"], pruning or 0.0, -1)
+            passed["train_joules"] = passed["joules"]
+        elif self._account is not None:
+            passed[f"{self._account}_seconds"] = passed["seconds"]
+        if self._account == "startup":
+            phases = {"startup": sum(phases.values())}
+        for name, amount in passed.items():
+            self.spent[name] = _plus(self.spent[name], amount)
+        if not self.step.phases.enabled:
+            self.phases = None  # of a part of the epoch they are not known
+        if self.phases is not None:
+            for name, seconds in phases.items():
+                self.phases[name] += seconds
+        self._account = account
 
     def close_epoch(
         self,
@@ -104,72 +137,50 @@ class Progress:
         accuracy: float | None,
         host_syncs: int | None,
         histogram: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """Add the epoch to the history, and begin to count what the next one spends.
+    ) -> EpochLine:
+        """Record the epoch, and begin to count what the next one spends.
 
-        Args:
-            plan: the epoch's.
-            counts: of its steps.
-            lr: of its last step.
-            accuracy: on the test set, if it was evaluated.
-            host_syncs: if they were counted.
-            histogram: of the scores at its end, if telemetry is on.
+        Raises:
+            UserError: the disk is full.
         """
         self.samples.close_epoch(plan, self.infobatch.scores)
-        self._add_up()
-        seconds = (self.spent["train_seconds"] or 0.0) + (self.spent["pruning_seconds"] or 0.0)
+        self._lap(None)
         self.epoch += 1
-        line = {
-            "epoch": self.epoch,
-            "kept": len(plan),
-            "prunable": plan.num_prunable,
-            "ratio": plan.ratio,
-            "expected_saving": plan.expected_saving,
-            "loss": counts.loss if math.isfinite(counts.loss) else None,
-            "lr": lr,
-            "accuracy": accuracy,
-            "images_per_second": len(plan) / seconds,
-            "skipped_steps": counts.skipped,
+        images = len(plan) - self.spent["startup_images"]
+        line = EpochLine(
+            epoch=self.epoch,
+            kept=len(plan),
+            prunable=plan.num_prunable,
+            ratio=plan.ratio,
+            expected_saving=plan.expected_saving,
+            loss=counts.loss,
+            lr=lr,
+            accuracy=accuracy,
+            images_per_second=images / _training(self.spent) if images else None,
+            skipped_steps=counts.skipped,
             **self.spent,
-            "host_syncs": host_syncs,
-            "phases": self.phases,
-            "score_histogram": histogram,
-        }
-        self.history.append(line)
+            host_syncs=host_syncs,
+            phases=self.phases,
+            score_histogram=histogram,
+        )
         self._clear()
+        self.history.append(line)
+        records.append_epoch(self.path / records.EPOCHS, line)
         return line
 
-    def _add_up(self) -> None:
-        """Bring `spent` and `phases` up to now."""
-        before, self._now = self._now, (time.perf_counter(), self.meter.joules())
-        seconds, joules = _between(before, self._now)
-        self._add(seconds=seconds, joules=joules)
-        self._add_phases()
-
-    def _add(self, **amounts: float | None) -> None:
-        for name, amount in amounts.items():
-            before = self.spent[name]
-            self.spent[name] = None if before is None or amount is None else before + amount
-
-    def _add_phases(self) -> dict[str, float]:
-        phases = self.step.phases.read()
-        if not self.step.phases.enabled:
-            self.phases = None  # of a part of the epoch they are not known
-        if self.phases is not None:
-            for name, seconds in phases.items():
-                self.phases[name] += seconds
-        return phases
-
-    def check_finite(self, longest: int) -> None:
-        """Raise Diverged if `longest` steps in a row that changed nothing are too many."""
-        if longest < NONFINITE_LIMIT:
+    def check(self, counts: Counts, steps: int | None = None) -> None:
+        """Raise Diverged if too many steps changed nothing, of `steps` where an epoch is over."""
+        if counts.longest >= NONFINITE_LIMIT:
+            what = f"{counts.longest} steps in a row had non-finite gradients"
+        elif steps is not None and 2 * counts.skipped > steps:
+            what = f"{counts.skipped} of {steps} steps had non-finite gradients"
+        elif steps is not None and not math.isfinite(counts.loss):
+            what = f"the loss was {counts.loss}"
+        else:
             return
-        last = "no checkpoint was written yet"
-        if self.path.exists():
-            last = f"the last good checkpoint is {self.path}"
         raise Diverged(
-            f"{longest} steps in a row had non-finite gradients in epoch {self.epoch + 1} "
-            f"(the limit is {NONFINITE_LIMIT}): lower --max-lr (now {self.settings.max_lr}); {last}"
+            f"{what} in epoch {self.epoch + 1}: lower --max-lr (now {self.settings.max_lr:g}) or "
+            f"--weight-decay (now {self.settings.weight_decay:g})"
         )
 
     def due(self) -> bool:
@@ -183,41 +194,25 @@ class Progress:
             Diverged: instead of saving a state that goes nowhere.
             UserError: the disk is full; the older checkpoint is still there.
         """
-        training = self._training is not None
-        if training:
-            self.stop_clock()
-        self._add_up()
-        with self.step.phases("checkpoint"), self.spending("checkpoint_seconds"):
-            state = self.step.state_dict()
-            # The host waits: it copies all of it anyway.
-            self.check_finite(int(state["counts"][-1]))
-            drawn = None
-            if plan is not None:
-                drawn = {
-                    "num_prunable": plan.num_prunable,
-                    "ratio": plan.ratio,
-                    "indices": plan.indices,
-                    "weights": plan.weights,
-                }
-            checkpoint.save(
-                self.path,
-                {
-                    "config": self.settings.recorded(),
-                    "step": state,
-                    "epoch": self.epoch,
-                    "plan": drawn,
-                    "number": number,
-                    "history": self.history,
-                    "samples": self.samples.state_dict(),
-                    "spent": self.spent,
-                    "phases": self.phases,
-                    "random": torch.get_rng_state(),
-                    "kernels": self.step.by_kernels,
-                },
-            )
+        with self.spending("checkpoint"), self.step.phases("checkpoint"):
+            self.check(self.step.read_counts())
+            names = ("num_prunable", "ratio", "indices", "weights")
+            state = {
+                "version": folder.CHECKPOINT_VERSION,
+                "config": self.settings.recorded(),
+                "step": self.step.state_dict(),
+                "epoch": self.epoch,
+                "plan": None if plan is None else {name: getattr(plan, name) for name in names},
+                "number": number,
+                "history": [asdict(line) for line in self.history],
+                "samples": self.samples.state_dict(),
+                "spent": self.spent,
+                "phases": self.phases,
+                "random": torch.get_rng_state(),
+                "kernels": self.step.by_kernels,
+            }
+            folder.save(self.path / records.CHECKPOINT, state)
         self._saved_at = time.monotonic()
-        if training:
-            self.start_clock()
 
     def restore(self, saved: dict[str, Any]) -> tuple[Plan | None, int]:
         """Take over a checkpoint; returns the plan of the epoch under way and its steps done.
@@ -225,110 +220,162 @@ class Progress:
         Raises:
             UserError: it is of another configuration or shape.
         """
-        names = config.differences(self.settings, saved.get("config"))
-        if names:
-            raise UserError(
-                f"checkpoint {self.path} must be of this run's configuration, "
-                f"got another {', '.join(names)}"
-            )
+        path = self.path / records.CHECKPOINT
         try:
+            if names := config.differences(self.settings, saved["config"]):
+                raise UserError(
+                    f"checkpoint {path} must be of this run's configuration, "
+                    f"got another {', '.join(names)}"
+                )
             self.step.load_state_dict(saved["step"])
             torch.set_rng_state(saved["random"])
-            self.epoch, self.history = int(saved["epoch"]), list(saved["history"])
-            self.since_epoch = self.epoch + 1
+            self.epoch, self.since_epoch = saved["epoch"], saved["epoch"] + 1
+            self.history = [
+                records.parse(EpochLine, line, f"checkpoint {path}") for line in saved["history"]
+            ]
             self.samples.load_state_dict(saved["samples"])
-            if len(self.samples.history) != self.epoch:
-                raise ValueError(f"{self.epoch} epochs, scores of {len(self.samples.history)}")
-            spent = {name: saved["spent"][name] for name in self.spent}
-            self.spent = {n: None if v is None else float(v) for n, v in spent.items()}
-            phases = saved["phases"]
-            self.phases = None if phases is None else {n: float(phases[n]) for n in PHASES}
-            if len(self.history) != self.epoch or self.epoch > self.settings.epochs:
-                raise ValueError(f"{self.epoch} epochs but a history of {len(self.history)}")
-            for number, line in enumerate(self.history, 1):
-                if line["epoch"] != number or not line.keys() >= _SUMMARISED:
-                    raise ValueError(f"a history with {line} for epoch {number}")
-            if saved["plan"] is None:
-                return None, 0
-            plan, number = self._plan(**saved["plan"]), int(saved["number"])
-            if not 0 <= number <= -(-len(plan) // self.settings.batch_size):
-                raise ValueError(f"{number} steps of an epoch of {len(plan)} samples")
-            return plan, number
+            self.spent.update(saved["spent"])
+            self.phases = saved["phases"] and {**dict.fromkeys(PHASES, 0.0), **saved["phases"]}
+            plan = None
+            if saved["plan"] is not None:
+                drawn = dict(saved["plan"])
+                for name in ("indices", "weights"):
+                    drawn[name] = drawn[name].to(self.device)
+                plan = Plan(epoch=self.epoch, num_samples=self.infobatch.num_samples, **drawn)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"checkpoint {self.path} does not fit this run: "
-                f"{type(error).__name__}: {reason(error)}"
+                f"checkpoint {path} does not fit this run: {type(error).__name__}: {reason(error)}"
             ) from None
+        # A kill may have left a torn line, or epochs that the checkpoint does not have.
+        records.write_epochs(self.path / records.EPOCHS, self.history)
+        return plan, saved["number"]
 
-    def _plan(
-        self, num_prunable: int, ratio: float, indices: torch.Tensor, weights: torch.Tensor
-    ) -> Plan:
-        scores = self.infobatch.scores
-        samples = scores.numel()
-        if indices.dtype != torch.int64 or indices.dim() != 1 or indices.shape != weights.shape:
-            raise ValueError(f"a plan of shapes {tuple(indices.shape)} and {tuple(weights.shape)}")
-        if not (0 < indices.numel() <= samples and 0 <= indices.min() <= indices.max() < samples):
-            raise ValueError(f"a plan of other samples than 0 to {samples - 1}")
-        indices, weights = indices.to(scores.device), weights.to(scores.device)
-        return Plan(self.epoch, samples, num_prunable, indices, weights, ratio)
+    def finish(self, data: Dataset, **forms: Any) -> Summary:
+        """Write what a finished run leaves: arrays of the samples, weights and summary.
 
-    def summary(self, samples: int, source: str) -> dict[str, Any]:
-        """The results of a finished run on `samples` training samples."""
-        self._add_up()
+        Args:
+            data: what was trained on.
+            forms: compiled, captured and loader, as in `Summary`.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self.samples.write(self.path, data, self.infobatch.scores)
+        state = self.step.model.state_dict()
+        weights = {name: value.cpu().contiguous() for name, value in state.items()}
+        folder.save(self.path / records.WEIGHTS, weights)
+        summary = self._summary(data, forms)
+        records.write_json(self.path / records.SUMMARY, summary)
+        return summary
+
+    def _summary(self, data: Dataset, forms: dict[str, Any]) -> Summary:
+        self._lap(None)
         history = self.history
-        full = samples * len(history)
-        evaluated = [line for line in history if line["accuracy"] is not None]
-        best = max(evaluated, key=lambda line: line["accuracy"])
-        # What came after the last epoch, a checkpoint say, is in no epoch's line.
-        rest = {**dict.fromkeys(_SUMMED, 0), **self.spent}
-        total = {n: _sum([*(line[n] for line in history), rest[n]]) for n in _SUMMED}
-        phases = [*(line["phases"] for line in history), self.phases]
-        trained, joules = total["kept"], total["train_joules"]
-        an_image = None if joules is None else joules / trained
-        return {
-            "accuracy_last": evaluated[-1]["accuracy"],
-            "accuracy_best": best["accuracy"],
-            "accuracy_best_epoch": best["epoch"],
-            "loss_last": history[-1]["loss"],
-            "epochs": len(history),
-            "samples_trained": trained,
-            "samples_saved": full - trained,
-            "saved_share": (full - trained) / full,
-            "expected_saving": sum(line["expected_saving"] for line in history) / len(history),
-            "target_saving": self.settings.target_saving,
-            **{name: total[name] for name in SECONDS},
-            "phases": _sum_phases(phases),
-            "images_per_second": trained
-            / (total["train_seconds"] + (total["pruning_seconds"] or 0.0)),
-            "skipped_steps": total["skipped_steps"],
+        evaluated = [line for line in history if line.accuracy is not None]
+        best = max(evaluated, key=lambda line: line.accuracy or 0.0)
+        total: dict[str, Any] = dict(self.spent)  # after the last epoch, of a checkpoint say
+        for line in history:
+            for name in total:
+                total[name] = _plus(total[name], getattr(line, name))
+        images = total.pop("startup_images")
+        trained, full = sum(line.kept for line in history), data.labels.numel() * len(history)
+        # What an epoch takes is known from those that compiled, captured and tuned nothing.
+        settled = [_training(asdict(line)) for line in history if not line.startup_seconds]
+        joules = total["train_joules"]
+        an_image = None if joules is None or images == trained else joules / (trained - images)
+        phases = [*(line.phases for line in history), self.phases]
+        return Summary(
+            accuracy_last=evaluated[-1].accuracy or 0.0,
+            accuracy_best=best.accuracy or 0.0,
+            accuracy_best_epoch=best.epoch,
+            loss_last=history[-1].loss,
+            epochs=len(history),
+            samples_trained=trained,
+            samples_saved=full - trained,
+            saved_share=(full - trained) / full,
+            expected_saving=sum(line.expected_saving or 0.0 for line in history) / len(history),
+            target_saving=self.settings.pruning.target_saving,
+            **total,
+            epoch_seconds=statistics.median(settled) if settled else None,
+            phases=None if None in phases else {n: sum(p[n] for p in phases if p) for n in PHASES},
+            images_per_second=None if images == trained else (trained - images) / _training(total),
+            skipped_steps=sum(line.skipped_steps for line in history),
             # Else it is, in whole or in part, in the time of the step.
-            "update_timed": not (self.step.by_kernels or self.settings.graph),
-            "host_syncs": total["host_syncs"],
-            **{name: total[name] for name in JOULES},
-            "joules_per_image": an_image,
+            update_timed=not (self.step.by_kernels or forms["captured"]),
+            host_syncs=_total([line.host_syncs for line in history]),
+            joules_per_image=an_image,
             # An estimate: had the samples saved cost what those trained on did.
-            "joules_saved": None if an_image is None else an_image * (full - trained),
+            joules_saved=None if an_image is None else an_image * (full - trained),
             # NVML sees one session: of a resumed run, the epochs from here on.
-            "nvml": {"since_epoch": self.since_epoch, **self.meter.read()},
-            "peak_memory_bytes": peak_memory(self.step.found_inf.device),
-            "data": source,
+            nvml={"since_epoch": self.since_epoch, **self.meter.read()},
+            peak_memory_bytes=peak_memory(self.device),
+            data=data.source,
+            by_kernels=self.step.by_kernels,
+            **forms,
+        )
+
+
+def _training(spent: dict[str, Any]) -> float:
+    """Seconds of training and pruning."""
+    return spent["train_seconds"] + (spent["pruning_seconds"] or 0.0)
+
+
+def _plus(value: float | None, other: float | None, sign: int = 1) -> float | None:
+    return None if value is None or other is None else value + sign * other
+
+
+def _total(values: list[int | None]) -> int | None:
+    return None if None in values else sum(value for value in values if value is not None)
+
+
+class SampleRecord:
+    """How often each sample was kept, and the scores of evenly spaced samples on the host."""
+
+    def __init__(self, num_samples: int, device: torch.device) -> None:
+        self.kept = torch.zeros(num_samples, dtype=torch.int32, device=device)
+        tracked = min(num_samples, TRACKED)
+        self.tracked = torch.arange(tracked, device=device) * num_samples // tracked
+        self.history: list[Tensor] = []  # (M,) float32 an epoch
+
+    def close_epoch(self, plan: Plan, scores: Tensor) -> None:
+        """Count an epoch's samples, and copy the tracked ones' scores; the host waits for that."""
+        self.kept[plan.indices] += 1  # no sample is twice in a plan
+        self.history.append(scores[self.tracked].cpu())
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"kept": self.kept, "history": list(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state of `state_dict()`."""
+        self.kept.copy_(state["kept"])
+        self.history = list(state["history"])
+
+    def write(self, path: Path, data: Dataset, scores: Tensor) -> None:
+        """Write the run's arrays into its folder, each a .npy file.
+
+        kept (N,) int32, epochs that trained on the sample; scores (N,) float32, the last, NaN where
+        not seen; labels (N,) int32; tracked (M,) int64, samples; score_history (E, M) float32,
+        theirs after each epoch; pictured (P,) int64, the samples kept least, ascending, and then
+        those kept most, descending; pictures (P, 32, 32, 3) uint8, their images.
+
+        Raises:
+            UserError: the disk is full or read-only.
+        """
+        kept = self.kept.cpu().numpy()
+        half = min(PICTURED, kept.size) // 2
+        ranked = np.argsort(kept, kind="stable")
+        pictured = np.concatenate([ranked[:half], ranked[::-1][:half]])  # none twice
+        pictures = data.images[torch.from_numpy(pictured).to(data.images.device)]
+        arrays = {
+            "kept": kept,
+            "scores": scores.cpu().numpy(),
+            "labels": data.labels.cpu().numpy().astype(np.int32),
+            "tracked": self.tracked.cpu().numpy(),
+            "score_history": torch.stack(self.history).numpy(),
+            "pictured": pictured,
+            "pictures": pictures.cpu().numpy(),
         }
-
-
-def _between(
-    then: tuple[float, float | None], now: tuple[float, float | None]
-) -> tuple[float, float | None]:
-    """Seconds and joules from one reading to another; None joules where one is not known."""
-    joules = None if then[1] is None or now[1] is None else now[1] - then[1]
-    return now[0] - then[0], joules
-
-
-def _sum(values: list[Any]) -> Any:
-    return None if None in values else sum(values)
-
-
-def _sum_phases(parts: list[dict[str, float] | None]) -> dict[str, float] | None:
-    measured = [part for part in parts if part is not None]
-    if len(measured) < len(parts):
-        return None
-    return {name: sum(part[name] for part in measured) for name in PHASES}
+        for name, array in arrays.items():
+            with records.atomically(path / f"{name}.npy") as file:
+                np.save(file, array, allow_pickle=False)

@@ -3,13 +3,13 @@
 import json
 import os
 import types
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from infobatch_fast.errors import UserError
+from infobatch_fast.errors import UserError, reason
 
 CONFIG = "config.json"
 EPOCHS = "epochs.jsonl"
@@ -25,8 +25,8 @@ RecordT = TypeVar("RecordT")
 class EpochLine:
     """A line of epochs.jsonl. None is "not measured"; what has a default older records lack.
 
-    Seconds and joules: `seconds` is all of the epoch's wall time, and the five after it are parts
-    of it that do not overlap; `joules` likewise is of all.
+    `seconds` is all of the epoch's wall time, the other seconds are parts of it that do not
+    overlap; `joules` likewise is of all.
 
     Attributes:
         epoch: from 1.
@@ -35,12 +35,13 @@ class EpochLine:
         loss: mean of weight * loss over the steps taken; None where none was, or it is not finite.
         lr: learning rate of the last step.
         accuracy: share of the test set, in [0, 1]; None where it was not evaluated.
-        images_per_second: kept over the seconds of training and pruning; None where start-up left
-            no step to time.
+        images_per_second: images but those of start-up, over the seconds of training and pruning;
+            None where it left no step to time.
         skipped_steps: steps that changed nothing, their gradients not being finite.
         train_seconds: of training, without pruning and start-up.
         pruning_seconds: of choosing, and of the update where it is timed apart from the step.
-        startup_seconds: of compiling, capturing and tuning, which is no training.
+        startup_seconds: of compiling, capturing and tuning, which is no training; startup_images
+            went through the steps that did it.
         ratio: share of the prunable samples to be left out, before rounding.
         expected_saving: share of all samples to be left out, by the policy's formula.
         host_syncs: of the epoch, where they were counted.
@@ -61,6 +62,7 @@ class EpochLine:
     evaluation_seconds: float
     checkpoint_seconds: float
     startup_seconds: float = 0.0
+    startup_images: int = 0
     seconds: float | None = None
     ratio: float | None = None
     expected_saving: float | None = None
@@ -146,12 +148,9 @@ class Summary:
     loader: str | None = None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, whatever is killed when.
-
-    Args:
-        path: its folder must exist.
-        content: the whole file.
+@contextmanager
+def atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, so that a reader finds the old content or the new, whatever is killed when.
 
     Raises:
         UserError: the disk is full, read-only or failing; the old file is still there.
@@ -160,7 +159,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         temporary.unlink(missing_ok=True)  # of a write that was killed
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -173,14 +172,80 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException as error:  # a signal, too
         with suppress(OSError):  # a disk that is read-only by now
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        failed: BaseException | None = error
+        while failed is not None and not isinstance(failed, OSError):
+            failed = failed.__context__  # torch's writer fails with what it makes of the disk's
+        if isinstance(error, Exception) and isinstance(failed, OSError):
+            raise UserError(f"cannot write {path}: {failed.strerror or failed}") from None
         raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file by `atomically`."""
+    with atomically(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record as one JSON object, atomically."""
+    write_atomically(path, (json.dumps(asdict(record), indent=2) + "\n").encode())
+
+
+def write_epochs(path: Path, history: Iterable[EpochLine]) -> None:
+    """Write all epochs' lines anew, atomically."""
+    write_atomically(path, b"".join(map(_line, history)))
+
+
+def append_epoch(path: Path, line: EpochLine) -> None:
+    """Add an epoch's line; a kill may tear it, and a resumed run writes the file anew.
+
+    Raises:
+        UserError: the disk is full or failing.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _line(line: EpochLine) -> bytes:
+    return (json.dumps(asdict(line)) + "\n").encode()
+
+
+def make_folder(folder: Path) -> bool:
+    """Make a folder if it is not there; returns whether it was made.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+    return made
 
 
 def to_json(record: Any) -> dict[str, Any]:
     """A record as the object that `parse` reads."""
     return asdict(record)
+
+
+def read(kind: type[RecordT], path: Path) -> RecordT:
+    """A record from its file.
+
+    Raises:
+        UserError: it is missing, no JSON object, or of another form.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} must be a regular file, got none")
+    try:
+        return parse(kind, read_object(path.read_text(), str(path)), str(path))
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 def read_object(text: str, where: str) -> dict[str, Any]:
@@ -221,12 +286,16 @@ def parse(kind: type[RecordT], value: Mapping[str, Any], where: str) -> RecordT:
         return kind(**{name: value[name] for name in names})
     except TypeError as error:  # it says which are missing
         raise UserError(f"{where}: {str(error).split('() ')[-1]}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
+    if origin is Literal:
+        return value in inner
     if origin in (Union, types.UnionType):
         return any(_fits(value, each) for each in inner)
     if origin is dict:

@@ -104,3 +104,18 @@ def test_a_stopped_run_goes_on_as_the_one_that_was_not(
     for name, want in runs[0].items():
         off = (runs[1][name].double() - want.double()).abs().nan_to_num().max()
         assert off <= limit * want.double().abs().nan_to_num().max(), name
+
+
+@pytest.mark.gpu
+def test_the_paper_preset_runs_as_it_says_and_start_up_is_apart(tmp_path: Path) -> None:
+    words = "--preset paper --dataset synthetic --synthetic-samples 4000 --epochs 4"
+    summary, lines = train(tmp_path / "run", words)
+    forms = {name: summary[name] for name in ("compiled", "captured", "by_kernels", "loader")}
+    assert forms == {"compiled": True, "captured": True, "by_kernels": True, "loader": "DaliLoader"}
+    assert lines[0]["kept"] == 4000 > lines[1]["kept"]
+    assert lines[1]["kept"] % 200 == 0
+    # The first epoch compiles, the second captures, and those behind them do neither.
+    assert [line["startup_seconds"] > 0 for line in lines] == [True, True, False, False]
+    assert [line["startup_images"] for line in lines] == [600, 0, 0, 0]
+    assert lines[0]["startup_seconds"] > summary["epoch_seconds"]
+    assert summary["images_per_second"] > 0.5 * lines[-1]["images_per_second"]
