@@ -1,214 +1,171 @@
-"""A method against full data, and against training shorter: differences of runs of equal seeds."""
+"""What a training cost and saved: differences of runs with equal seeds, and how sure they are."""
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from infobatch_fast.report.groups import Row, Section, counted
-from infobatch_fast.report.methods import FULL
-from infobatch_fast.report.page import Block, Table, Text
-from infobatch_fast.report.records import Run
-from infobatch_fast.report.tables import NONE, SLOWER
+import pandas as pd
 
-AGAINST = "Against full data, and against training shorter: paired over seeds"
+from infobatch_fast.pruning import FULL, Pruning
+from infobatch_fast.report.runs import Run, Section
+from infobatch_fast.report.text import counted
+
 CONFIDENCE = 0.95
-ONE_SEED = "one seed: noise unknown"
-_HOW = (
-    "Each difference is of two runs with the same seed and source: against full data of the same "
-    "number of epochs, and against the full data of fewer epochs that saw the most nearly equal "
-    "number of samples. Points are of the last epoch's accuracy in percent: their mean over n "
-    "seeds ± the sample deviation of the differences. Within noise: the two-sided "
-    f"{100 * CONFIDENCE:g}% t interval of the differences contains 0. Samples seen are counted "
-    "in epochs of all data, and in percent of full data of the same number of epochs; the minutes' "
-    "ratio is that of the training to what it is held against."
-)
-_TWICE = " Runs of one training and one SAME SEED count once, by their mean."
-
-
-class Pair(NamedTuple):
-    """The runs of one seed: of a method, and of what it is held against; no list is empty."""
-
-    mine: list[Run]
-    theirs: list[Run]
-
-    @property
-    def points(self) -> float:
-        """Difference of the last epoch's accuracy in percent."""
-        mine, theirs = (_mean(runs, lambda run: run.evaluated[-1]["accuracy"]) for runs in self)
-        return 100 * (mine - theirs)
-
-    @property
-    def ratio(self) -> float:
-        """Of the minutes of training; NaN where the other took none."""
-        mine, theirs = (_mean(runs, lambda run: run.minutes) for runs in self)
-        return mine / theirs if theirs else math.nan
+WIDTH = 0.2  # points; a difference known to ± so much is decided
+_MOST_SEEDS = 1000  # of more the normal distribution tells as well
 
 
 class Paired(NamedTuple):
-    """A row held against others, over the seeds that are in both.
+    """A training held against another, over the seeds that both have.
 
     Attributes:
-        row: the one.
         against: what it is held against.
-        pairs: by seed.
+        points: differences of the last accuracy in percent, by seed.
+        samples: share of the other's samples that it did without.
+        times: shares of the other's time that it did without, of the pairs of one device and form.
     """
 
-    row: Row
     against: str
-    pairs: dict[int, Pair]
+    points: pd.Series
+    samples: float
+    times: pd.Series
 
     @property
-    def points(self) -> list[float]:
-        """The differences of the accuracy."""
-        return [pair.points for pair in self.pairs.values()]
+    def time(self) -> float | None:
+        """Median of the times, since a busy machine spoils some; None where there are none."""
+        return float(self.times.median()) if len(self.times) else None
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """The t interval of the points; None of fewer than two seeds."""
-        n = len(self.pairs)
-        if n < 2:
-            return None
-        half = quantile(n - 1) * statistics.stdev(self.points) / math.sqrt(n)
-        center = statistics.fmean(self.points)
-        return center - half, center + half
+    def mean(self) -> float:
+        """Of the points."""
+        return float(self.points.mean())
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the t interval of the points; None of a single seed."""
+        n = len(self.points)
+        return quantile(n - 1) * float(self.points.std()) / math.sqrt(n) if n > 1 else None
 
     @property
     def verdict(self) -> str:
         """What may be said of the difference."""
-        if not self.pairs:
-            return "no seed in common"
-        if self.interval is None:
-            return ONE_SEED
-        low, high = self.interval
-        if low <= 0 <= high:
-            return "within noise"
-        return "higher" if low > 0 else "lower"
+        if self.half is None:
+            return "undecided"
+        if abs(self.mean) > self.half:
+            return "higher" if self.mean > 0 else "lower"
+        return "equal" if self.half <= WIDTH else "undecided"
+
+    @property
+    def more(self) -> int | None:
+        """About how many further seeds would tell it to ± WIDTH; None of a single seed."""
+        n = len(self.points)
+        return seeds_needed(float(self.points.std()), n) - n if n > 1 else None
 
 
-def comparison(section: Section) -> list[Block]:
-    """The table of a section's rows that have something to be held against."""
-    found = paired(section)
-    if not found:
-        return []
-    cells = []
-    for one in found:
-        interval = NONE if one.interval is None else "{:+.2f} to {:+.2f}".format(*one.interval)
-        mine, theirs = (_epochs(one.pairs.values(), side) for side in (0, 1))
-        percent = None if mine is None else 100 * mine / section.setting["epochs"]
-        cells.append(
-            [
-                *(one.row.label, one.against, one.verdict, _signed(one.points), interval),
-                *(str(len(one.pairs)), _number(mine, 2), _number(percent, 1), _number(theirs, 2)),
-                _ratio(one),
-            ]
+@dataclass(frozen=True)
+class Training:
+    """The complete runs of one section that differ in seed and device alone."""
+
+    label: str
+    pruning: Pruning
+    epochs: int
+    runs: Sequence[Run]
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """By seed the means of its runs; `machine` is "" where they ran on several."""
+        rows = [
+            (run.config["seed"], run.accuracy, run.trained, run.seconds, f"{run.device} {run.form}")
+            for run in self.runs
+        ]
+        names = ["seed", "accuracy", "trained", "seconds", "machine"]
+        one = {"machine": lambda m: m.iloc[0] if m.nunique() == 1 else ""}
+        frame = pd.DataFrame(rows, columns=pd.Index(names))
+        return frame.groupby("seed").agg(dict.fromkeys(names[1:4], "mean") | one)
+
+
+def trainings(section: Section) -> list[Training]:
+    """Full data, then what prunes with InfoBatch first, then full data for fewer epochs."""
+    grouped: dict[str, list[Run]] = {}
+    for run in section.runs:
+        if run.complete and run.accuracy is not None:
+            grouped.setdefault(section.label(run), []).append(run)
+    found = [
+        Training(label, runs[0].pruning, runs[0].config["epochs"], runs)
+        for label, runs in grouped.items()
+    ]
+    pruned = [of.epochs for of in found if of.pruning != FULL]
+
+    def place(of: Training) -> tuple[int | bool, ...]:
+        how = of.pruning
+        shorter = how == FULL and bool(pruned) and of.epochs < max(pruned)
+        variant = how.score != "loss" or how.ratio_schedule != "constant"
+        return (
+            *(2 if shorter else int(how != FULL), not how.label.startswith("InfoBatch")),
+            *(variant, -of.epochs, how.ratio != Pruning.ratio),
         )
-    headers = ["training", "against", "verdict", "points", f"{100 * CONFIDENCE:g}% interval", "n"]
-    headers += ["epochs seen", "% of full data", "the other's epochs"]
-    table = Table(AGAINST, [*headers, "minutes ratio"], cells, left=3)
-    sides = [runs for one in found for pair in one.pairs.values() for runs in pair]
-    return [table, Text(_HOW + _TWICE * any(len(runs) > 1 for runs in sides))]
+
+    return sorted(found, key=place)
 
 
-def paired(section: Section) -> list[Paired]:
-    """Each row against full data, and each pruned one against training shorter."""
-    epochs = section.setting["epochs"]
-    found = []
-    for row in section.rows:
-        if row.method == FULL and row.epochs == epochs:
-            continue
-        alike = [r for r in section.rows if r.method == FULL and _source(r) == _source(row)]
-        full = [r for r in alike if r.epochs == epochs]
-        shorter = [r for r in alike if r.epochs < epochs] if row.method != FULL else []
-        found += [_paired(row, rows, epochs) for rows in (full, shorter) if rows]
-    return found
+def against_full(mine: Training, others: Sequence[Training]) -> Paired | None:
+    """Against full data of as many epochs."""
+    full = [of for of in others if of.pruning == FULL and of.epochs == mine.epochs]
+    return _paired(mine, full) if mine.pruning != FULL else None
 
 
-def _paired(row: Row, others: Sequence[Row], epochs: int) -> Paired:
-    """Each seed against that of the others' runs of it that saw the most nearly as much."""
-    pairs: dict[int, Pair] = {}
-    held: list[Row] = []
-    for seed in sorted({_seed(run) for run in row.runs}):
-        mine = _of(row, seed)
-        having = [other for other in others if _of(other, seed)]
-        if having:
-            nearest = min(having, key=partial(_far, mine, seed))
-            held.append(nearest)
-            pairs[seed] = Pair(mine, _of(nearest, seed))
-    return Paired(row, _called(held or others, epochs), pairs)
+def against_shorter(mine: Training, others: Sequence[Training]) -> Paired | None:
+    """Against full data of fewer epochs that saw as many samples, to one epoch."""
+    full = [of for of in others if of.pruning == FULL and of.epochs < mine.epochs]
+    return _paired(mine, full) if mine.pruning != FULL else None
 
 
-def _far(mine: Sequence[Run], seed: int, other: Row) -> tuple[float, int]:
-    """Orders rows by how little their samples differ, of equals the longer first."""
-    seen, theirs = (_mean(runs, lambda run: run.trained) for runs in (mine, _of(other, seed)))
-    return abs(theirs - seen), -other.epochs
+def shorter_epochs(run: Run) -> int:
+    """So many epochs of full data see as many samples as the run did."""
+    return max(1, round(run.trained / run.size))
 
 
-def _called(rows: Iterable[Row], epochs: int) -> str:
-    """What rows of full data are called, without what a pair has in common."""
-    least, *_, most = sorted([row.epochs for row in rows] * 2)
-    if least == most:
-        return FULL.label if most == epochs else f"{FULL.label}, {counted(most, 'epoch')}"
-    return f"{FULL.label}, {least} to {most} epochs"
+def _paired(mine: Training, others: Sequence[Training]) -> Paired | None:
+    """Each seed against the run of it that saw the most nearly equal number of samples."""
+    if not others:
+        return None
+    theirs = pd.concat([of.frame.assign(epochs=of.epochs) for of in others])
+    both = mine.frame.merge(theirs, on="seed", suffixes=("", "_other")).reset_index()
+    both["far"] = (both["trained"] - both["trained_other"]).abs()
+    if others[0].epochs != mine.epochs:
+        both = both[both["far"] <= mine.runs[0].size]
+    both = both.sort_values(["far", "epochs"]).drop_duplicates("seed").sort_values("seed")
+    if both.empty:
+        return None
+    least, most = both["epochs"].min(), both["epochs"].max()
+    length = f", {counted(most, 'epoch')}" if most != mine.epochs else ""
+    if least < most:
+        length = f", {least} to {most} epochs"
+    timed = both[(both["machine"] == both["machine_other"]) & (both["machine"] != "")]
+    return Paired(
+        FULL.label + length,
+        (both["accuracy"] - both["accuracy_other"]).set_axis(both["seed"]),
+        1 - float((both["trained"] / both["trained_other"]).mean()),
+        1 - timed["seconds"] / timed["seconds_other"],
+    )
 
 
-def _source(row: Row) -> str:
-    return row.runs[0].about["source_hash"]
-
-
-def _seed(run: Run) -> int:
-    return run.config["seed"]
-
-
-def _of(row: Row, seed: int) -> list[Run]:
-    return [run for run in row.runs if _seed(run) == seed]
-
-
-def _mean(runs: Iterable[Run], figure: Callable[[Run], float]) -> float:
-    return statistics.fmean(figure(run) for run in runs)
-
-
-def _signed(values: Sequence[float]) -> str:
-    if not values:
-        return NONE
-    text = f"{statistics.fmean(values):+.2f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2f}"
-
-
-def _epochs(pairs: Iterable[Pair], side: int) -> float | None:
-    """Samples that one side of the pairs saw, in full epochs; None if that is not known."""
-    seen = []
-    for pair in pairs:
-        if any(run.samples is None for run in pair[side]):
-            return None
-        seen.append(_mean(pair[side], lambda run: run.trained / (run.samples or 1)))
-    return statistics.fmean(seen) if seen else None
-
-
-def _number(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
-
-
-def _ratio(one: Paired) -> str:
-    ratios = [pair.ratio for pair in one.pairs.values()]
-    if not ratios or not all(map(math.isfinite, ratios)):
-        return NONE
-    slow = any(run.watched for pair in one.pairs.values() for runs in pair for run in runs)
-    return f"{statistics.fmean(ratios):.3f}" + SLOWER * slow
+def seeds_needed(deviation: float, least: int = 2, width: float = WIDTH) -> int:
+    """The fewest seeds, `least` or more, whose t interval is within ± width for that deviation."""
+    n = max(2, least, int((1.96 * deviation / width) ** 2))  # what a normal distribution needs
+    while n < _MOST_SEEDS and quantile(n - 1) * deviation / math.sqrt(n) > width:
+        n += 1
+    return n
 
 
 def quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """How far Student's t lies from 0 at most, either way, with the given confidence.
-
-    Args:
-        freedom: degrees of freedom, at least 1.
-        confidence: in (0, 1).
-    """
+    """How far Student's t lies from 0 at most, either way, with the given confidence."""
     low, high = 0.0, 1.0
     while _within(high, freedom) < confidence:
         high *= 2
-    for _ in range(80):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
     return high

@@ -1,324 +1,275 @@
-"""The plots of one setting's runs."""
+"""A report's plots: SVG in the page's own text colour, so that it suits light and dark."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
+import matplotlib
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+import pandas as pd
+from cycler import cycler
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from infobatch_fast.report.drawing import (
-    COLOURS,
-    LINES,
-    MARKERS,
-    TEXT,
-    WIDTH,
-    labels_of,
-    legend,
-    one_plot,
-    plain,
-    some,
-    svg,
-    wrapped,
-)
-from infobatch_fast.report.groups import Section, counted
-from infobatch_fast.report.page import Block, Plot, Text
-from infobatch_fast.report.records import Run, training_seconds
+from infobatch_fast.pruning import FULL
+from infobatch_fast.report.page import Block, Heading, Plot, Text
+from infobatch_fast.report.paired import Training, trainings
+from infobatch_fast.report.read import arrays
+from infobatch_fast.report.runs import Run, Section
+from infobatch_fast.report.text import counted
 
-_BARS = (*COLOURS[:-1], "#999999")  # hatched in the text colour
-_HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++")
-_MOST_HISTOGRAMS = 12
+_TEXT = "#010203"  # stands for the page's text colour until `_svg`
+# Of Okabe and Ito, and more that are seen on white and on black; line styles tell apart as well.
+_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c7ae6", _TEXT]
+STYLE: dict[Any, Any] = {
+    "axes.prop_cycle": cycler(linestyle=["-", "--", "-."]) * cycler(color=_COLOURS),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _TEXT),
+    **dict.fromkeys(("xtick.color", "ytick.color", "grid.color"), _TEXT),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"axes.grid": True, "grid.alpha": 0.15, "axes.axisbelow": True, "lines.linewidth": 1.5},
+    **{"font.size": 9, "legend.fontsize": 8, "legend.handlelength": 2.6, "text.parse_math": False},
+    **{"figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True},
+    **{"svg.fonttype": "none", "font.family": "sans-serif", "savefig.transparent": True},
+}
+_AXES = {"epoch": "epoch", "trained": "samples trained on (millions)"}
+_AXES |= {"accuracy": "test accuracy (%)", "kept": "kept (%)"}
+_MOST_TRAININGS = 16
+_MOST_INSIDE = 4  # runs
+_MOST_CLASSES = 20
+_PICTURES = 12
+_numbers = count()
 
 
 def plots(section: Section) -> list[Block]:
-    """Everything that there is to draw of a section's runs; a text where there is nothing."""
-    trained = [run for run in section.runs if run.epochs]
-    if not trained:
-        return [Text("No plots: no epoch is finished.")]
+    """Accuracy, what was kept, and time by training; then what pruning did to the samples."""
+    whole = trainings(section)
+    grouped = {of.label: [*of.runs] for of in whole}
+    for run in section.runs:
+        if run.epochs and not run.complete:
+            grouped.setdefault(section.label(run), []).append(run)
+    shown = {name: _history(of) for name, of in [*grouped.items()][:_MOST_TRAININGS]}
     blocks: list[Block] = []
-    evaluated = [run for run in trained if _accuracy(run)]
-    if evaluated:
-        blocks += [
-            _lines(
-                section,
-                evaluated,
-                _minutes,
-                _accuracy,
-                ("Test accuracy against time", "training time (minutes)", "test accuracy (%)"),
-            ),
-            _lines(
-                section,
-                evaluated,
-                _samples,
-                _accuracy,
-                (
-                    "Test accuracy against samples",
-                    "samples trained on (millions)",
-                    "test accuracy (%)",
-                ),
-            ),
-        ]
-    else:
-        blocks.append(Text("No plot of the accuracy: no epoch was evaluated."))
-    known = [run for run in trained if run.samples is not None]
-    if known:
-        blocks.append(
-            _lines(
-                section,
-                known,
-                lambda run: [line["epoch"] for line in run.epochs],
-                lambda run: [100 * line["kept"] / (run.samples or 1) for line in run.epochs],
-                ("Samples kept in each epoch", "epoch", "samples kept (%)"),
-            )
-        )
-    blocks += _phases(section, trained)
-    blocks += _energy(section, trained)
-    blocks += _histograms(section, trained)
-    return blocks
+    if len(whole) > 1:
+        _ends(whole[:_MOST_TRAININGS], blocks)
+    for x, y, title in (
+        ("trained", "accuracy", "Accuracy by samples trained on"),
+        ("epoch", "accuracy", "Accuracy by epoch"),
+        ("epoch", "kept", "Samples kept in each epoch"),
+    ):
+        if shown and (x == "epoch" or len(whole) < 2):
+            with _figure(title, "Means over seeds; the last point is marked.", blocks) as figure:
+                axes = figure.add_subplot(xlabel=_AXES[x], ylabel=_AXES[y])
+                _lines(axes, shown, x, y)
+    _phases(grouped, blocks)
+    if len(grouped) > len(shown):
+        left = counted(len(grouped) - len(shown), "further training")
+        blocks.append(Text(f"The plots leave out {left}.", "aside"))
+    return blocks + _inside(grouped)
 
 
-def _minutes(run: Run) -> list[float]:
-    took = accumulate(training_seconds(line) for line in run.unbroken)
-    return [t / 60 for t, line in _evaluated(run, took)]
-
-
-def _samples(run: Run) -> list[float]:
-    kept = accumulate(line["kept"] for line in run.unbroken)
-    return [k / 1e6 for k, line in _evaluated(run, kept)]
-
-
-def _accuracy(run: Run) -> list[float]:
-    return [100 * line["accuracy"] for _, line in _evaluated(run, run.unbroken)]
-
-
-def _evaluated(run: Run, values: Iterable[Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """Of a value for each epoch those of the evaluated ones, with the epochs' lines."""
-    pairs = zip(values, run.unbroken, strict=True)
-    return [(value, line) for value, line in pairs if line["accuracy"] is not None]
-
-
-def _lines(
-    section: Section,
-    runs: Sequence[Run],
-    x: Callable[[Run], list[float]],
-    y: Callable[[Run], list[float]],
-    words: tuple[str, str, str],
-) -> Plot:
-    """A line for each run; the runs of one training look alike.
-
-    Args:
-        section: whose runs they are.
-        runs: drawn, in the order of the legend.
-        x: of each point of a run.
-        y: as many.
-        words: title, and the labels of the axes with their units.
-    """
-    title, x_label, y_label = words
-    labels = labels_of(section)
-    styles = {label: number for number, label in enumerate(dict.fromkeys(labels.values()))}
-    entries: dict[str, tuple[Any, list[str]]] = {}
-    figure, axes = one_plot(3.4)
-    ends = []
-    for run in runs:
-        label = labels[run.letter]
-        number = styles[label]
-        xs, ys = x(run), y(run)
-        (line,) = axes.plot(
-            xs,
-            ys,
-            color=COLOURS[number % len(COLOURS)],
-            linestyle=LINES[number % len(LINES)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4,
-            linewidth=1.3,
-            # The last point has its marker; the others' are thinned out.
-            markevery=[*range(0, len(xs) - 1, max(1, len(xs) // 8)), len(xs) - 1],
-        )
-        name = run.letter if run.complete else f"{run.letter} (incomplete)"
-        entries.setdefault(label, (line, []))[1].append(name)
-        ends.append(f"{run.letter} ends at {ys[-1]:.4g} after {xs[-1]:.4g}")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if x_label == "epoch":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(figure, entries)
-    alt = f"A line for each run; {y_label} over {x_label}. {some(ends)}."
-    return Plot(svg(figure), title, alt)
-
-
-def _phases(section: Section, runs: Sequence[Run]) -> list[Block]:
-    known = [run for run in runs if run.phases]
+def _inside(grouped: dict[str, list[Run]]) -> list[Block]:
+    """What pruning did to the samples, by the first run of each training that tells."""
+    firsts = {}
+    for label, runs in grouped.items():
+        of = [r for r in runs if (r.folder / "kept.npy").exists() or r.epochs[-1].score_histogram]
+        if of and of[0].pruning != FULL:
+            firsts[label] = of[0]
     blocks: list[Block] = []
-    if known:
-        names = list(dict.fromkeys(name for run in known for name in run.phases or {}))
-        parts = {name: [(run.phases or {}).get(name, 0.0) for run in known] for name in names}
-        blocks.append(
-            _bars(section, known, parts, ("Time by phase", "time (s)"), lambda v: f"{v:.4g} s")
+    for label, run in [*firsts.items()][:_MOST_INSIDE]:
+        found, problems = arrays(run)
+        blocks += [Heading(f"{label}, run {run.name}", 3), *(Text(why) for why in problems)]
+        _histogram(run, blocks)
+        if found.keys() >= {"kept", "labels"}:
+            _classes(run, found, blocks)
+        if found.keys() >= {"kept", "labels", "pictured"}:
+            _pictures(run, found, blocks)
+    if len(firsts) > _MOST_INSIDE:
+        left = counted(len(firsts) - _MOST_INSIDE, "further training")
+        blocks.append(Text(f"Left out are the samples of {left}: name fewer runs.", "aside"))
+    return [Heading("What pruning did to the samples", 2), *blocks] if blocks else []
+
+
+def _history(runs: Sequence[Run]) -> pd.DataFrame:
+    """By epoch the means of runs: those that are complete, if there are any."""
+    whole = [run for run in runs if run.complete] or runs
+    rows = [
+        pd.DataFrame(
+            {
+                "epoch": [line.epoch for line in run.epochs],
+                "trained": np.cumsum([line.kept for line in run.epochs]) / 1e6,
+                "accuracy": [of and 100 * of for of in (line.accuracy for line in run.epochs)],
+                "kept": [100 * line.kept / run.size for line in run.epochs],
+            }
         )
-    missing = [run.letter for run in runs if not run.phases]
-    if missing:
-        blocks.append(Text(f"No time by phase of {', '.join(missing)}: it was not recorded."))
-    return blocks
-
-
-def _energy(section: Section, runs: Sequence[Run]) -> list[Block]:
-    known = [run for run in runs if run.figure("joules") is not None]
-    blocks: list[Block] = []
-    if known:
-        train = [run.figure("train_joules") or 0.0 for run in known]
-        rest = [
-            max(0.0, (run.figure("joules") or 0.0) - t) for run, t in zip(known, train, strict=True)
-        ]
-        saved = [max(0.0, run.figure("joules_saved") or 0.0) for run in known]
-        parts = {
-            "training": [joules / 1000 for joules in train],
-            "evaluation, checkpoints and the rest": [joules / 1000 for joules in rest],
-            "saved by pruning (estimate)": [joules / 1000 for joules in saved],
-        }
-        words = ("Energy", "energy (kJ)")
-        blocks.append(_bars(section, known, parts, words, lambda v: f"{v:.4g} kJ", hollow=2))
-        blocks.append(
-            Text(
-                "The energy saved is an estimate: the samples left out, at the joules that the "
-                "same run took for each sample it trained on."
-            )
-        )
-    reasons: dict[str, list[str]] = {}
-    for run in runs:
-        if run.figure("joules") is None:
-            reasons.setdefault(run.no_energy(), []).append(run.letter)
-    blocks += [Text(f"No energy of {', '.join(of)}: {why}.") for why, of in reasons.items()]
-    return blocks
-
-
-def _bars(
-    section: Section,
-    runs: Sequence[Run],
-    parts: dict[str, list[float]],
-    words: tuple[str, str],
-    say: Callable[[float], str],
-    hollow: int | None = None,
-) -> Plot:
-    """A bar for each run, stacked of parts; the one numbered `hollow` is not there, but spared."""
-    title, label = words
-    labels = labels_of(section)
-    names = [wrapped(labels[run.letter], [run.letter]) for run in runs]
-    tall = max(0.3, 0.15 * max(1 + name.count("\n") for name in names))
-    figure, axes = one_plot(1.5 + tall * len(runs) + 0.22 * -(-len(parts) // 3))
-    places = np.arange(len(runs))
-    left = np.zeros(len(runs))
-    for number, (name, values) in enumerate(parts.items()):
-        colour = _BARS[number % len(_BARS)]
-        spared = number == hollow
-        axes.barh(
-            places,
-            values,
-            left=left,
-            height=0.7,
-            color="none" if spared else colour,
-            hatch=_HATCHES[number % len(_HATCHES)],
-            edgecolor=TEXT,
-            linestyle="--" if spared else "-",
-            linewidth=0.6,
-            label=name,
-        )
-        left += values
-    axes.set_yticks(places, names)
-    axes.set_ylim(len(runs) - 0.5, -0.5)  # the first on top
-    axes.set_xlim(0, 1.04 * left.max() or 1.0)
-    axes.set_xlabel(label)
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, labelcolor=TEXT, fontsize=8)
-    told = [
-        f"{run.letter}: " + ", ".join(f"{name} {say(values[i])}" for name, values in parts.items())
-        for i, run in enumerate(runs)
+        for run in whole
     ]
-    return Plot(svg(figure), title, f"A bar for each run, in {label}. {some(told)}.")
+    return pd.concat(rows).astype(float).groupby("epoch", as_index=False).mean()
 
 
-def _histograms(section: Section, runs: Sequence[Run]) -> list[Block]:
-    known = [run for run in runs if any(line.get("score_histogram") for line in run.epochs)]
+def _ends(whole: Sequence[Training], blocks: list[Block]) -> None:
+    """Where each run ended; the line through full data is what pruning has to be above."""
+    about = "The end of each run, larger the mean. The line joins full data, whole and shorter."
+    with _figure("Last accuracy by samples trained on", about, blocks) as figure:
+        axes = figure.add_subplot(xlabel=_AXES["trained"], ylabel=_AXES["accuracy"])
+        marks = "os^DvPX"  # seven, so that no pair of colour and mark repeats
+        full = pd.DataFrame([t.frame.mean(numeric_only=True) for t in whole if t.pruning == FULL])
+        if len(full):
+            full = full.sort_values("trained")
+            axes.plot(full["trained"] / 1e6, full["accuracy"], "-", color=_TEXT, linewidth=1)
+        for number, of in enumerate(whole):
+            colour, mark = _COLOURS[number % len(_COLOURS)], marks[number % len(marks)]
+            x, y = of.frame["trained"] / 1e6, of.frame["accuracy"]
+            axes.plot(x, y, mark, color=colour, markersize=3, alpha=0.6)
+            axes.plot([x.mean()], [y.mean()], mark, color=colour, markersize=7, label=of.label)
+        _legend(axes)
+
+
+def _lines(axes: Axes, shown: dict[str, pd.DataFrame], x: str, y: str) -> None:
+    floors = []
+    for name, history in shown.items():
+        known = history.dropna(subset=[y])
+        (line,) = axes.plot(known[x], known[y], label=name)
+        axes.plot(known[x].tail(1), known[y].tail(1), "o", color=line.get_color(), markersize=4)
+        floors += [known[y].iloc[len(known) // 4]] if len(known) > 4 else []
+    if floors and y == "accuracy":  # the first epochs are far below; the end is what is read
+        axes.set_ylim(bottom=min(floors))
+    _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the plot, in as many columns as fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    columns = 2 if max(map(len, labels)) < 40 else 1
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * rows)
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
+def _bars(axes: Axes, frame: pd.DataFrame) -> None:
+    """A bar for each row, from the top down, stacked of the columns."""
+    start = np.zeros(len(frame))
+    for name in frame:
+        axes.barh(range(len(frame)), frame[name], left=start, label=name, height=0.7)
+        start += frame[name].to_numpy()
+    axes.set_yticks(range(len(frame)), [*map(str, frame.index)])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+
+
+def _phases(grouped: dict[str, list[Run]], blocks: list[Block]) -> None:
+    means = {}
+    for name, runs in [*grouped.items()][:_MOST_TRAININGS]:
+        known = [line.phases for run in runs for line in run.epochs if line.phases]
+        if known:
+            means[name] = pd.DataFrame(known).fillna(0.0).mean()
+    about = "Wall time of an epoch, mean over all; comparable on one idle device alone."
+    if means:
+        with _figure("Time by phase", about, blocks, 1.0 + 0.25 * len(means)) as figure:
+            axes = figure.add_subplot(xlabel="seconds an epoch")
+            _bars(axes, pd.DataFrame(means).T.fillna(0.0))
+            _legend(axes)
+
+
+def _histogram(run: Run, blocks: list[Block]) -> None:
+    known = [line for line in run.epochs if line.score_histogram]
     if not known:
-        return [Text("No plot of the scores: no histogram was recorded.")]
-    # The first of each training, then the others.
-    labels = labels_of(section)
-    firsts = {labels[run.letter]: run.letter for run in reversed(known)}.values()
-    ranked = sorted(known, key=lambda run: run.letter not in firsts)
-    chosen = {run.letter for run in ranked[:_MOST_HISTOGRAMS]}
-    shown = [run for run in known if run.letter in chosen]
-    columns = min(2, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(WIDTH, 1.0 + 2.0 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    tables = {run.letter: _shares(run) for run in shown}
-    most = max(np.nanmax(shares) for _, shares in tables.values()) or 1.0
-    reach = [_reach(*table) for table in tables.values()]
-    colours = ScalarMappable(Normalize(0, most), "cividis")
-    for axes, run in zip(grid.flat, shown, strict=False):
-        edges, shares = tables[run.letter]
-        axes.pcolormesh(
-            np.arange(shares.shape[1] + 1) + 0.5,
-            edges,
-            shares,
-            norm=colours.norm,
-            cmap=colours.cmap,
-            rasterized=True,
-        )
-        axes.set_yscale("log")
-        axes.set_ylim(min(low for low, _ in reach), max(high for _, high in reach))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda score, _: f"{score:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_title(wrapped(labels[run.letter], [run.letter]), fontsize=9, color=TEXT)
-        plain(axes, grid=False)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    for axes in list(grid.flat)[len(shown) :]:
-        axes.set_visible(False)
-    figure.supxlabel("epoch", fontsize=10, color=TEXT)
-    by_loss = all(run.config.get("score", "loss") == "loss" for run in shown)
-    figure.supylabel("score (last loss)" if by_loss else "score", fontsize=10, color=TEXT)
-    bar = figure.colorbar(colours, ax=list(grid.flat), label="samples (%)")
-    bar.ax.yaxis.label.set_color(TEXT)
-    bar.ax.tick_params(colors=TEXT, labelsize=8)
-    which = f"each of {len(shown)} runs"
-    if len(known) > len(shown):
-        which = f"{len(shown)} of the {counted(len(known), 'run')} with histograms"
-    elif len(shown) == 1:
-        which = f"run {shown[0].letter}"
-    alt = (
-        f"A heat map for {which}: epochs across, "
-        "scores upwards on a logarithmic axis, and the share of the scored samples as colour, "
-        "from dark (none) to bright. Scores beyond the recorded bins count in the outermost."
-    )
-    blocks: list[Block] = [Plot(svg(figure), "Scores over the epochs", alt)]
-    if left := [run.letter for run in known if run.letter not in chosen]:
-        blocks.append(Text(f"Left out of the scores: {', '.join(left)}."))
-    return blocks
+        return
+    picked = [known[i] for i in sorted({0, len(known) // 3, 2 * len(known) // 3, len(known) - 1})]
+    about = f"Score ({run.config.get('score', 'loss')}) of all samples that have one."
+    with _figure("Scores", about, blocks) as figure:
+        axes = figure.add_subplot(xlabel="score", ylabel="samples (%)", xscale="log")
+        reach: list[float] = []
+        for line in picked:
+            of = line.score_histogram or {}
+            counts = np.array(of["counts"][1:-1], dtype=float)
+            edges = np.geomspace(of["low"], of["high"], len(counts) + 1)
+            held = np.flatnonzero(counts)
+            reach += [edges[held[0]], edges[held[-1] + 1]] if held.size else []
+            shares = 100 * counts / max(1, sum(of["counts"]) + of["unseen"])
+            axes.stairs(shares, edges, label=f"epoch {line.epoch}", linewidth=1.5)
+        for patch, colour in zip(axes.patches, _COLOURS, strict=False):
+            patch.set_edgecolor(colour)
+        if reach:
+            axes.set_xlim(min(reach), max(reach))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        _legend(axes)
 
 
-def _shares(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Edges (bins + 1,) of the scores' bins, and percent of the scored samples (bins, epochs).
-
-    The outermost bins are those of what lies beyond; an epoch without histogram is NaN.
-    """
-    histograms = {line["epoch"]: line.get("score_histogram") for line in run.epochs}
-    one = next(h for h in histograms.values() if h)
-    bins = len(one["counts"])
-    low, high = np.log10(one["low"]), np.log10(one["high"])
-    step = (high - low) / (bins - 2)
-    edges = 10 ** np.linspace(low - step, high + step, bins + 1)
-    shares = np.full((bins, max(histograms)), np.nan)
-    for epoch, histogram in histograms.items():
-        if histogram:
-            counts = np.asarray(histogram["counts"], dtype=float)
-            shares[:, epoch - 1] = 100 * counts / max(1.0, counts.sum())
-    return edges, shares
+def _classes(run: Run, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
+    epochs = len(run.epochs)
+    frame = pd.DataFrame({"label": found["labels"], "out": 100 * (1 - found["kept"] / epochs)})
+    shares = frame.groupby("label")["out"].mean().sort_values(ascending=False)
+    about = "Share of the class's samples, over all epochs; dotted, of all classes."
+    if len(shares) > _MOST_CLASSES:
+        half = _MOST_CLASSES // 2
+        about += f" The {half} classes at either end of {len(shares)}."
+        shares = pd.concat([shares.head(half), shares.tail(half)])
+    with _figure("Left out by class", about, blocks, 0.8 + 0.22 * len(shares)) as figure:
+        axes = figure.add_subplot(xlabel="left out (%)")
+        _bars(axes, shares.rename(lambda label: _class(run, label)).to_frame())
+        axes.axvline(100 * (run.saved_share or 0.0), color=_TEXT, linestyle=":")
 
 
-def _reach(edges: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
-    """The lowest and the highest edge of the bins that hold scores."""
-    filled = np.flatnonzero(np.nansum(shares, axis=1))
-    low, high = (filled[0], filled[-1] + 1) if len(filled) else (0, -1)
-    return float(edges[low]), float(edges[high])
+def _pictures(run: Run, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
+    half = len(found["pictured"]) // 2
+    for title, part in (
+        ("Kept least", slice(0, min(half, _PICTURES))),
+        ("Kept most", slice(half, half + _PICTURES)),
+    ):
+        numbers, images = found["pictured"][part], found["pictures"][part]
+        if not len(numbers):
+            continue
+        about = f"Class, epochs that trained on it of {len(run.epochs)}, and last score."
+        rows = -(-len(numbers) // 6)
+        with _figure(title, about, blocks, 1.35 * rows) as figure:
+            grid = [*figure.subplots(rows, 6, squeeze=False).flat]
+            for axes in grid:
+                axes.set_axis_off()
+            for axes, number, image in zip(grid, numbers, images, strict=False):
+                label = int(found["labels"][number])
+                score = f", {found['scores'][number]:.2g}" if "scores" in found else ""
+                axes.imshow(image, interpolation="nearest")
+                axes.set_title(f"{_class(run, label)}\n{found['kept'][number]}{score}", fontsize=8)
+
+
+def _class(run: Run, label: int) -> str:
+    names = run.record.classes or []
+    name = names[label] if label < len(names) else f"class {label}"
+    return name if len(name) <= 16 else f"{name[:15]}…"
+
+
+@contextmanager
+def _figure(
+    title: str, about: str, blocks: list[Block], height: float | None = None
+) -> Iterator[Figure]:
+    """A figure to draw on, which then is a plot among the blocks."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": str(next(_numbers))}):
+        figure = Figure()
+        if height is not None:
+            figure.set_figheight(height)
+        yield figure
+        blocks.append(Plot(title, _svg(figure), about))
+
+
+def _svg(figure: Figure) -> Markup:
+    """The drawing alone: no header, no metadata, and no names but those it refers to."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", dpi=144, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg ") :].replace(_TEXT, "currentColor")
+    used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
+
+    def kept(match: re.Match[str]) -> str:
+        return match[0] if match[1] in used else ""
+
+    return Markup(re.sub(r' id="([^"]+)"', kept, text))

@@ -1,255 +1,298 @@
-"""The tables of a report's runs: experiments beside the reported figures, and run by run."""
+"""The tables of a report's runs, and the sentence above them that answers what pruning did."""
 
+import shlex
+import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-from infobatch_fast.report import text as tables
-from infobatch_fast.report.groups import Row, Section, device_of, mean, same_seeds, state_of
-from infobatch_fast.report.methods import ABLATION, REPORTED, Figures, method_of
-from infobatch_fast.report.page import Block, Table, Text
-from infobatch_fast.report.records import Run
+import pandas as pd
 
-NOT_MEASURED, NOT_REPORTED, NONE = "not measured", "not reported", "–"
-COMMIT = 8  # of its hexadecimal digits
-SLOWER = " (SLOWER)"
-_WATCHED = "on a CPU --host-syncs watches every operation of torch."
-
-
-class Column(NamedTuple):
-    """A figure that rows give the mean of, and the reported one; None is not reported at all."""
-
-    name: str
-    measured: Callable[[Run], float | None]
-    reported: Callable[[Figures], float | None] | None
-    digits: int | None = None  # None: as the measured value needs
-    places: int = 2  # of the reported figure
-
-
-ACCURACY = Column(
-    "accuracy %",
-    lambda run: 100 * run.evaluated[-1]["accuracy"],
-    lambda figures: figures.accuracy,
-    2,
+from infobatch_fast.pruning import FULL, Pruning
+from infobatch_fast.report.page import Block, Code, Heading, Table, Text
+from infobatch_fast.report.paired import (
+    WIDTH,
+    Paired,
+    Training,
+    against_full,
+    against_shorter,
+    shorter_epochs,
+    trainings,
 )
-MINUTES = Column("minutes", lambda run: run.minutes, lambda figures: figures.minutes)
-HOURS = Column("time h", lambda run: run.minutes / 60, lambda figures: figures.hours)
-OVERHEAD = Column(
-    "overhead h",
-    lambda run: None if run.pruning_seconds is None else run.pruning_seconds / 3600,
-    lambda figures: figures.overhead_hours,
-    places=3,
+from infobatch_fast.report.runs import FREE, Run, Section
+from infobatch_fast.report.text import figures, mean, seconds
+
+NONE = "–"
+_HOW = (
+    "A difference is in points of the last epoch's accuracy, paired by seed: lower or higher where "
+    f"its 95% t interval leaves out 0, equal where the interval is within ±{WIDTH:g} points of it, "
+    "else undecided, with about how many more seeds would bring it there (+n). Training shorter is "
+    "full data for fewer epochs, on as many samples: what pruning has to beat. Time is of training "
+    "with its pruning, without start-up and evaluation, the median over seeds with its range; it "
+    "is compared on one device and form alone, and means little where other work ran beside it."
 )
-TOTAL = Column("GPU-hours", lambda run: run.device_hours, lambda figures: figures.total_hours)
-SAVED = Column("samples saved %", lambda run: 100 * (run.saved_share or 0.0), None, 2)
+# The paper's accuracy in percent, minutes, and seconds of overhead an epoch.
+REPORTED: dict[Pruning, tuple[float, float, float | None]] = {
+    FULL: (95.52, 231.10, None),
+    Pruning(ratio=0.3): (95.50, 184.66, None),
+    Pruning(ratio=0.5): (95.53, 148.44, 1.03),
+    Pruning(ratio=0.7): (95.17, 113.83, None),
+}
+ABLATION = {
+    Pruning(policy="random", rescale=False, anneal=False): 95.52,
+    Pruning(rescale=False, anneal=False): 95.60,
+    Pruning(anneal=False): 95.34,
+    Pruning(rescale=False): 95.59,
+    Pruning(): 95.53,
+}
 
 
-def experiment(section: Section) -> list[Block]:
-    """The three tables of the reported experiments, of one setting on one device.
-
-    Only a section of the reported setting has the reported figures beside its own; another one has
-    the rows alone that were measured, and all of them in the first two tables.
-    """
-    by_ratio = [
-        (row.label, row, figures)
-        for method, figures in REPORTED.items()
-        for row in section.row(method)
-    ]
-    by_ratio += [(row.label, row, None) for row in section.further()]
-    ablation = [
-        (row.label.replace(method.label, name, 1), row, Figures(accuracy))
-        for method, (name, accuracy) in ABLATION.items()
-        for row in section.row(method)
-    ]
-    if not section.reported:
-        named = [row for _, row, _ in by_ratio if row.runs]
-        by_ratio = [(row.label, row, None) for row in (*named, *section.rows)]
-        by_ratio = list({id(row): (label, row, None) for label, row, _ in by_ratio}.values())
-        ablation = [(label, row, None) for label, row, _ in ablation if row.runs]
-    total = TOTAL._replace(name="GPU-hours" if section.gpu else "device-hours")
-    blocks: list[Block] = []
-    for title, rows, columns in (
-        ("Accuracy and minutes by r", by_ratio, (ACCURACY, MINUTES, SAVED)),
-        ("Accuracy, time, overhead and total", by_ratio, (ACCURACY, HOURS, OVERHEAD, total)),
-        ("Ablation at r = 0.5", ablation, (ACCURACY, SAVED)),
-    ):
-        if section.reported or any(row.runs for _, row, _ in rows):
-            blocks.append(_means(title, rows, columns, section.reported))
-    others = f"All other settings: {section.others}."
-    return blocks + [Text(others)] * bool(section.others) + notes(section)
-
-
-def run_tables(runs: Sequence[Run], source: str) -> list[Block]:
-    """Every run: where its figures come from, and the figures."""
-    origin = [
-        [
-            run.letter,
-            run.name,
-            method_of(run).label,
-            str(run.config["seed"]),
-            short_commit(run.about.get("commit")),
-            run.about["source_hash"][:COMMIT],
-            device_of(run.about),
-            str(run.about.get("packages", {}).get("torch") or "unknown"),
-            state_of(run, source),
-        ]
-        for run in runs
-    ]
-    figures = [
-        [
-            run.letter,
-            _percent(run.evaluated[-1]["accuracy"]) if run.evaluated else NONE,
-            _best(run),
-            NONE if run.saved_share is None else _percent(run.saved_share),
-            tables.figures(run.minutes) + SLOWER * run.watched,
-            _pruning(run),
-            tables.figures(run.trained / 60 / run.minutes) if run.minutes else NONE,
-            *(number(run.figure(name)) for name in ("joules", "host_syncs")),
-            state_of(run, source),
-        ]
-        for run in runs
-    ]
-    blocks: list[Block] = [
-        Table(
-            "Where the figures of each run come from",
-            ["run", "folder", "training", "seed", "commit", "source", "device", "torch", "state"],
-            origin,
-            left=9,
-        ),
-        Table(
-            "Figures of each run",
+def answer(section: Section) -> list[Block]:
+    """One sentence on what pruning cost and saved, a small table of all, and what is lacking."""
+    rows = trainings(section)
+    if not rows:
+        begun = [f"{run.name}, {run.state}" for run in section.runs]
+        goes_on = _command(["--resume", str(section.runs[0].folder)])
+        told = Text(f"No run is complete yet: {'; '.join(begun)}.", "answer")
+        return [told, Text("This goes on:"), Code(goes_on)]
+    against = [(against_full(row, rows), against_shorter(row, rows)) for row in rows]
+    order = [(row.pruning == FULL, against[i] == (None, None)) for i, row in enumerate(rows)]
+    lead = order.index(min(order))
+    blocks: list[Block] = [Text(_sentence(rows[lead], *against[lead]), "answer")]
+    if len(rows) > 1:
+        cells = [
             [
-                *("run", "accuracy % last", "accuracy % best", "samples saved %", "minutes"),
-                *("pruning % of minutes", "images/s", "energy J", "host syncs", "state"),
-            ],
-            figures,
-        ),
-        Text(
-            "Last: after the last epoch that was evaluated. Best: picked on the test set, and its "
-            "epoch. Minutes: of training, pruning included. Energy: of all the run. Of an "
-            "incomplete run the figures are of the epochs that there are."
-        ),
-    ]
-    if any(run.watched for run in runs):
-        blocks.append(Text(f"SLOWER: {_WATCHED}"))
-    if any(run.figure("update_timed") is False for run in runs):
-        blocks.append(
-            Text(
-                "PART: the choosing and what of the update is not in one kernel or CUDA graph with "
-                "the step; the overhead benchmark measures the whole."
-            )
-        )
-    if any(run.epochs and run.pruning_seconds is None for run in runs):
-        blocks.append(
-            Text(
-                f"Without telemetry what pruning took is not known ({NONE}); the minutes hold it "
-                "all the same."
-            )
-        )
-    phases = list(dict.fromkeys(name for run in runs for name in run.phases or {}))
-    if phases:
-        seconds = [
-            [run.letter, *(tables.seconds((run.phases or {}).get(name, 0.0)) for name in phases)]
-            for run in runs
-            if run.phases
+                *(row.label, str(len(row.frame)), mean([*row.frame["accuracy"]], 2)),
+                *(NONE if one is None else _brief(one) for one in (full, shorter)),
+                NONE if row.pruning == FULL else f"{100 * _saved(row):.1f}%",
+                NONE if full is None else _time(full) or NONE,
+            ]
+            for row, (full, shorter) in zip(rows, against, strict=True)
         ]
-        blocks.append(Table("Time by phase", ["run", *phases], seconds))
+        head = ["training", "seeds", "accuracy %", "against full data", "against training shorter"]
+        blocks += [Table([*head, "fewer samples", "less time"], cells), Text(_HOW, "aside")]
+    for what, pruning, epochs in _lacking(rows[lead], *against[lead]):
+        seeds = ", ".join(str(run.config["seed"]) for run in rows[lead].runs[1:])
+        likewise = f"; and likewise with --seed {seeds}" * bool(seeds)
+        first = rows[lead].runs[0]
+        blocks += [Text(f"Lacking is {what}{likewise}:"), Code(_train(first, pruning, epochs))]
     return blocks
 
 
-def _means(
-    title: str,
-    rows: Sequence[tuple[str, Row, Figures | None]],
-    columns: Sequence[Column],
-    beside: bool,
-) -> Table:
-    """Means of rows, with the reported figures `beside` them."""
-    headers = ["training"]
-    for column in columns:
-        if beside and column.reported:
-            headers += [f"{column.name} reported", f"{column.name} measured"]
+def paired_table(section: Section) -> list[Block]:
+    """Every difference with its interval."""
+    rows = trainings(section)
+    cells = [
+        [
+            *(row.label, one.against, ", ".join(map(str, one.points.index)), f"{one.mean:+.2f}"),
+            *((NONE,) if one.half is None else (_interval(one),)),
+            *(one.verdict, str(one.more or "?") if one.verdict == "undecided" else NONE),
+            *(f"{100 * one.samples:.1f}%", _time(one) or NONE),
+        ]
+        for row in rows
+        for one in (against_full(row, rows), against_shorter(row, rows))
+        if one is not None
+    ]
+    head = ["training", "against", "seeds", "points", "95% interval", "verdict", "more seeds"]
+    return [Table([*head, "fewer samples", "less time"], cells, left=3)] if cells else []
+
+
+def run_table(section: Section) -> list[Block]:
+    """Every run's figures, without columns that say nothing, and what they were measured with."""
+    columns: dict[str, Callable[[Run], str]] = {
+        "run": lambda run: run.name,
+        "training": section.label,
+        "seed": lambda run: str(run.config["seed"]),
+        "state": lambda run: run.state,
+        "accuracy %": lambda run: NONE if run.accuracy is None else f"{run.accuracy:.2f}",
+        "saved %": lambda run: f"{100 * (run.saved_share or 0.0):.1f}",
+        "s an epoch": lambda run: figures(run.epoch_seconds) if run.epoch_seconds else NONE,
+        "images/s": lambda run: f"{run.trained / run.seconds:,.0f}" if run.seconds else NONE,
+        "pruning % of it": _overhead,
+        "start-up s": lambda run: figures(run.startup_seconds),
+        "all in all": lambda run: _length(run.total_seconds),
+        "energy kJ": _energy,
+    }
+    frame = pd.DataFrame({head: [of(run) for run in section.runs] for head, of in columns.items()})
+    dull = {"state": "complete", "start-up s": "0", "energy kJ": NONE}
+    frame = frame.drop(
+        columns=[name for name, value in dull.items() if (frame[name] == value).all()]
+    )
+    note = "Seconds an epoch are the median of training with its pruning; start-up is apart. "
+    note += "Every run is complete. " * ("state" not in frame)
+    if frame["pruning % of it"].str.contains("PART").any():
+        note += "PART: of choosing alone, as the update is in one kernel or graph with the step. "
+    names = ("device", "form", "torch", "commit", "source", "data")
+    origin = pd.DataFrame([_origin(run) for run in section.runs], columns=pd.Index(names))
+    counts = origin.value_counts(sort=False).reset_index(name="runs").astype(str)
+    told = ", ".join(f"{name} {value}" for name, value in section.setting.items())
+    blocks: list[Block] = [
+        Table([*map(str, frame)], frame.to_numpy().tolist(), left=3 + ("state" in frame)),
+        Text(f"{note}In common are: {told}.", "aside"),
+        Table([*map(str, counts)], counts.to_numpy().tolist(), left=6),
+    ]
+    return blocks
+
+
+def reported_tables(section: Section) -> list[Block]:
+    """The reported experiments beside ours; nothing for another setting."""
+    if not section.reported:
+        return []
+    ours = {row.pruning: row.runs for row in trainings(section) if row.epochs == 200}
+
+    def measured(of: Pruning, figure: Callable[[Run], float | None], digits: int = 2) -> str:
+        values = [figure(run) for run in ours.get(of.method, [])]
+        known = [value for value in values if value is not None]
+        return mean(known, digits) if known else "not measured"
+
+    def overhead(run: Run) -> float | None:
+        return None if run.pruning_seconds is None else run.pruning_seconds / len(run.epochs)
+
+    def accuracy(of: Pruning, paper: float) -> list[str]:
+        return [of.label, f"{paper:.2f}", measured(of, lambda run: run.accuracy)]
+
+    cells = [
+        [
+            *(*accuracy(of, percent), f"{minutes:.2f}", measured(of, lambda run: run.seconds / 60)),
+            *(f"{cost:.2f}" if cost else NONE, measured(of, overhead, 5)),
+            str(len(ours.get(of.method, []))),
+        ]
+        for of, (percent, minutes, cost) in REPORTED.items()
+    ]
+    names = ("accuracy %", "minutes", "overhead s")
+    heads = ["training", *(f"{of} {by}" for of in names for by in ("paper", "ours")), "runs"]
+    ablation = [
+        [*accuracy(of, percent), str(len(ours.get(of.method, [])))]
+        for of, percent in ABLATION.items()
+    ]
+    devices = ", ".join(dict.fromkeys(run.device for run in section.runs))
+    about = (
+        "The paper's (arXiv:2303.04947) are of one A100, batch 200, LARS, and of single runs in "
+        f"the ablation; ours of {devices}. Overhead is the pruning of an epoch, minutes are of "
+        "training with it."
+    )
+    return [
+        Heading("Beside the reported experiments", 2),
+        Table(heads, cells),
+        Table([*heads[:3], "runs"], ablation),
+        Text(about, "aside"),
+    ]
+
+
+def _sentence(row: Training, full: Paired | None, shorter: Paired | None) -> str:
+    alone = f"{row.label}: {mean([*row.frame['accuracy']], 2)}% accuracy"
+    if row.pruning == FULL:
+        return f"{alone}. Nothing is pruned: a pruned run is lacking."
+    unknown = []
+    if full is not None:
+        told = f"{row.label} against full data: {_told(full)}; {_less(full.samples, 'samples')}"
+        if full.time is not None:
+            range_ = f" ({_range(full)} by seed)" if _range(full) else ""
+            told += f", {_less(full.time, 'training time')}{range_}"
+    else:
+        told = f"{alone} with {_less(_saved(row), 'samples')}"
+        unknown = ["what that cost in accuracy, and saved in time"]
+    if shorter is not None:
+        told += f". Against training shorter ({shorter.against}): {_told(shorter)}"
+    else:
+        unknown += ["whether training shorter does as well"]
+    return told + f". Not known is {', nor '.join(unknown)}" * bool(unknown) + "."
+
+
+def _told(one: Paired) -> str:
+    points = f"{one.mean:+.2f} points, {one.verdict}"
+    if one.half is None:
+        return f"{points} (1 seed: the noise is not known)"
+    more = f"; about {one.more} more would tell" if one.verdict == "undecided" else ""
+    return f"{points} (95% interval {_interval(one)}, {len(one.points)} seeds{more})"
+
+
+def _brief(one: Paired) -> str:
+    more = f" (+{one.more})" if one.verdict == "undecided" and one.more else ""
+    return f"{one.mean:+.2f} {one.verdict}{more}"
+
+
+def _interval(one: Paired) -> str:
+    half = one.half or 0.0
+    return f"{one.mean - half:+.2f} to {one.mean + half:+.2f}"
+
+
+def _time(one: Paired) -> str:
+    range_ = _range(one)
+    return "" if one.time is None else f"{100 * one.time:.0f}%" + f" ({range_})" * bool(range_)
+
+
+def _range(one: Paired) -> str:
+    """Of the times by seed, where it is worth a word."""
+    low, high = 100 * one.times.min(), 100 * one.times.max()
+    return f"{low:.0f} to {high:.0f}%" if high - low >= 2 else ""
+
+
+def _less(share: float, what: str) -> str:
+    less = "less" if what.endswith("time") else "fewer"
+    return f"{abs(100 * share):.0f}% {less if share >= 0 else 'more'} {what}"
+
+
+def _saved(row: Training) -> float:
+    return statistics.fmean(run.saved_share or 0.0 for run in row.runs)
+
+
+def _lacking(
+    row: Training, full: Paired | None, shorter: Paired | None
+) -> list[tuple[str, Pruning, int]]:
+    """What a training has nothing to be compared with: what it leaves out, and its epochs."""
+    if row.pruning == FULL:
+        return [("a pruned run", Pruning(), row.epochs)]
+    fewer = shorter_epochs(row.runs[0])
+    short = [("training shorter", FULL, fewer)] * (shorter is None and fewer < row.epochs)
+    return [("full data", FULL, row.epochs)] * (full is None) + short
+
+
+def _train(run: Run, pruning: Pruning, epochs: int) -> list[str]:
+    """The trainer's command for a run like this one."""
+    words = []
+    for name, value in {**run.config, "epochs": epochs}.items():
+        flag = name.replace("_", "-")
+        if name in FREE - {"seed", "preset", "epochs", "device"} or value is None:
+            continue
+        if name.startswith("synthetic_") and run.config["dataset"] != "synthetic":
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            headers.append(column.name)
-    cells = []
-    for label, row, figures in rows:
-        line = [label]
-        for column in columns:
-            if beside and column.reported:
-                value = column.reported(figures) if figures else None
-                line.append(NOT_REPORTED if value is None else f"{value:.{column.places}f}")
-            line.append(_mean(column, row))
-        letters = ", ".join(run.letter for run in row.runs) or "none"
-        same = ", ".join(str(seed) for seed in same_seeds(row.runs))
-        mark = f" (SAME SEED {same})" if same else ""
-        cells.append([*line, f"{len(row.runs)}{mark}", letters])
-    return Table(title, [*headers, "n", "runs"], cells)
+            words += [f"--{flag}", str(value)]
+    return _command([*words, *pruning.flags])
 
 
-def _mean(column: Column, row: Row) -> str:
-    """Of the runs whose records have the figure, and of how many if not of all."""
-    if not row.runs:
-        return NOT_MEASURED
-    values = [column.measured(run) for run in row.runs]
-    known = [value for value in values if value is not None]
-    if not known:
+def _command(words: Sequence[str]) -> list[str]:
+    """Lines to paste into a shell, each beginning with a flag."""
+    lines = ["python -m infobatch_fast.train"]
+    for word in words:
+        if word.startswith("--") and len(lines[-1]) > 76:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {shlex.quote(word)}"
+    return lines
+
+
+def _overhead(run: Run) -> str:
+    if run.pruning_seconds is None or not run.seconds:
         return NONE
-    of = "" if len(known) == len(values) else f" (of {len(known)})"
-    return mean(known, column.digits) + of
+    part = run.summary is not None and not run.summary.update_timed
+    return f"{100 * run.pruning_seconds / run.seconds:.2f}" + " (PART)" * part
 
 
-def notes(section: Section) -> list[Block]:
-    """What a reader must know of the section's means."""
-    notes = []
-    incomplete = [run.letter for run in section.runs if not run.complete]
-    if incomplete:
-        notes.append(f"In no mean, as they are INCOMPLETE: {', '.join(incomplete)}.")
-    for row in section.rows:
-        for seed in same_seeds(row.runs):
-            letters = ", ".join(run.letter for run in row.runs if run.config["seed"] == seed)
-            notes.append(
-                f"The runs {letters} of {row.label} have the SAME SEED {seed}: the mean counts "
-                "each, and the deviation is not one over seeds."
-            )
-    watched = [run.letter for row in section.rows for run in row.runs if run.watched]
-    if watched:
-        notes.append(f"SLOWER than it need be was {', '.join(watched)}: {_WATCHED}")
-    unknown = [run.letter for row in section.rows for run in row.runs if _pruning(run) == NONE]
-    if unknown:
-        notes.append(
-            f"Without telemetry the overhead of {', '.join(unknown)} is not known: its mean is of "
-            "the others."
-        )
-    return [Text(note) for note in notes]
+def _energy(run: Run) -> str:
+    joules = run.summary.joules if run.summary else None
+    return NONE if joules is None else figures(joules / 1000)
 
 
-def _pruning(run: Run) -> str:
-    seconds = run.pruning_seconds
-    if seconds is None or not run.minutes:
-        return NONE
-    return _percent(seconds / 60 / run.minutes) + " (PART)" * (run.figure("update_timed") is False)
+def _length(value: float) -> str:
+    return seconds(value) if value < 120 else f"{figures(value / 60)} min"
 
 
-def number(value: float | None) -> str:
-    """A number to three figures, a whole one in full."""
-    if value is None:
-        return NONE
-    if isinstance(value, int):
-        return f"{value:,}"
-    return tables.figures(value) if 1e-6 <= abs(value) < 1e15 or value == 0 else f"{value:.2e}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
-
-
-def _best(run: Run) -> str:
-    if not run.evaluated:
-        return NONE
-    best = max(run.evaluated, key=lambda line: line["accuracy"])
-    return f"{_percent(best['accuracy'])} (epoch {best['epoch']})"
-
-
-def short_commit(commit: str | None) -> str:
-    """Its beginning, and whether the sources differed from it."""
-    if commit is None:
-        return "none"
-    return commit[:COMMIT] + ("-dirty" if commit.endswith("-dirty") else "")
+def _origin(run: Run) -> tuple[str, ...]:
+    of = run.record
+    commit = (
+        "none" if of.commit is None else of.commit[:8] + "-dirty" * of.commit.endswith("-dirty")
+    )
+    torch = of.packages.get("torch") or "unknown"
+    return run.device, run.form or NONE, torch, commit, of.source_hash[:8], of.data

@@ -1,5 +1,6 @@
-"""Tables of text that read well in a terminal and are Markdown as they stand."""
+"""Numbers and tables as text: they read well in a terminal and are Markdown as they stand."""
 
+import statistics
 from collections.abc import Sequence
 
 
@@ -45,6 +46,17 @@ def figures(value: float) -> str:
         magnitude *= 10
         digits += 1
     return f"{value:,.{digits}f}"
+
+
+def counted(number: int, word: str) -> str:
+    """So many of a word: 1 epoch, 2 epochs."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def mean(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation (n - 1); a single value has none."""
+    text = f"{statistics.fmean(values):,.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):,.{digits}f}"
 
 
 def _plain(cell: str) -> str:
