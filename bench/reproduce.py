@@ -330,19 +330,19 @@ def _wait_for(folder: Path) -> None:
 
 
 def write_results(out: Path, plan: Sequence[Planned], failed: Mapping[str, str]) -> None:
-    """Write results.jsonl: a line a run, with all of its config.json and summary.json."""
+    """Write results.jsonl: a line a run, of its config.json, with its summary.json in it."""
     lines: list[str] = []
     for planned in plan:
-        about = planned.about or {"config": planned.pruning.settings()}
         state = "done" if planned.summary else "interrupted" if planned.about else "planned"
         line = {
-            **{"name": planned.name, "tables": planned.tables, "label": planned.pruning.label},
+            "name": planned.name,
+            "tables": planned.tables,
+            "label": planned.pruning.label,
             "state": "failed" if planned.name in failed else state,
             "reason": failed.get(planned.name),
             "command": ["python", *TRAIN[1:], *planned.words],
-            **about["config"],
-            **{name: value for name, value in about.items() if name != "config"},
-            **(records.to_json(planned.summary) if planned.summary else {}),
+            "summary": records.to_json(planned.summary) if planned.summary else None,
+            **(planned.about or {}),
         }
         lines.append(json.dumps(line) + "\n")
     records.write_atomically(out / records.RESULTS, "".join(lines).encode())

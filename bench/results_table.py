@@ -21,24 +21,26 @@ from infobatch_fast.report.text import markdown
 from infobatch_fast.train.records import Summary, parse, read_object
 
 HEADERS = ("training", "samples saved", "accuracy %", "to full data", "to training shorter", "n")
-# What runs of one table have in common.
-ALIKE = ("dataset", "data", "model", "data_fraction", "source_hash", "device")
-
 Run = tuple[Pruning, int, Summary]  # the method, and the seed
 
 
 def read(path: Path) -> list[Run]:
     """The runs of a results.jsonl that are done; UserError where they do not belong together."""
+    runs: list[Run] = []
+    kinds: set[str] = set()
     try:
-        lines = [read_object(line, str(path)) for line in path.read_text().splitlines()]
-        done = [line for line in lines if line["state"] == "done"]
-        kinds = {json.dumps([line[name] for name in ALIKE], sort_keys=True) for line in done}
-        runs = [(Pruning.of(line).method, line["seed"], line) for line in done]
+        for line in (read_object(line, str(path)) for line in path.read_text().splitlines()):
+            if line["state"] == "done":
+                config, summary = line["config"], parse(Summary, line["summary"], str(path))
+                runs.append((Pruning.of(config).method, config["seed"], summary))
+                alike = [line[name] for name in ("data", "source_hash", "device")]
+                alike += [config[name] for name in ("dataset", "model", "data_fraction")]
+                kinds.add(json.dumps(alike, sort_keys=True))
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} must hold results of reproduce.py: {reason(error)}") from None
     if len(kinds) != 1:
         raise UserError(f"{path} must hold runs of one setting and source, got {len(kinds)}")
-    return [(method, seed, parse(Summary, line, str(path))) for method, seed, line in runs]
+    return runs
 
 
 def table(runs: Sequence[Run]) -> list[str]:

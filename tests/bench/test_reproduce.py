@@ -123,9 +123,13 @@ def test_a_call_and_a_second_which_trains_nothing(tmp_path: Path, call) -> None:
     lines = results(tmp_path)
     assert list(lines) == RUNS
     soft = lines[SOFT.format(0.5)]
-    assert (soft["state"], soft["accuracy_last"], soft["label"]) == ("done", 0.5, "InfoBatch r=0.5")
-    assert (soft["epochs"], soft["samples_trained"], soft["ratio"]) == (8, 5600, 0.5)
-    assert lines[SHORTER]["samples_trained"] == 6000
+    assert (soft["state"], soft["label"], soft["config"]["epochs"]) == (
+        "done",
+        "InfoBatch r=0.5",
+        8,
+    )
+    assert (soft["summary"]["accuracy_last"], soft["summary"]["samples_trained"]) == (0.5, 5600)
+    assert lines[SHORTER]["summary"]["samples_trained"] == 6000
     assert str(tmp_path) not in json.dumps(lines)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code, said = call()
@@ -152,11 +156,7 @@ def test_a_run_that_fails_is_survived_and_tried_again(tmp_path: Path, call, faul
     code, said = call(**{"soft-r0.5": fault})
     assert (code, trained(said)) == (1, RUNS[:4])
     lines = results(tmp_path)
-    assert [line["state"] for line in lines.values()] == ["done"] * 2 + [
-        "failed",
-        "done",
-        "planned",
-    ]
+    assert [line["state"] for line in lines.values()] == "done done failed done planned".split()
     why = {"kill": "killed by SIGKILL", "no summary": "epoch 8/8"}.get(fault, "it broke")
     assert lines[bad]["reason"] == why
     assert f"not done   {bad}: {why}" in said
@@ -166,7 +166,7 @@ def test_a_run_that_fails_is_survived_and_tried_again(tmp_path: Path, call, faul
     assert code == 0
     assert re.findall(r"^\[3/5\] (synthetic.*)$", said, re.M) == [again]
     assert {line["state"] for line in results(tmp_path).values()} == {"done"}
-    assert (tmp_path / "out" / bad / "resumed").exists() == ("exit" not in fault)
+    assert results(tmp_path)[bad]["resumed"] == ("exit" not in fault)
 
 
 def test_a_mistake_of_the_first_run_stops_all(tmp_path: Path, call) -> None:
@@ -185,7 +185,7 @@ def test_a_signal_stops_with_a_checkpoint(tmp_path: Path, call, number: int) -> 
     assert (folder / "checkpoint.pt").exists()
     assert results(tmp_path)[folder.name]["state"] == "interrupted"
     assert call()[0] == 0
-    assert (folder / "resumed").exists()
+    assert results(tmp_path)[folder.name]["resumed"]
 
 
 def hanging(folder: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_kill_leaves_no_orphan_and_loses_nothing(tmp_path: Path, call) -> None
         process.wait()
     assert call()[0] == 0  # while the trainer may still be saving
     assert (folder / "checkpoint.pt").exists()
-    assert (folder / "resumed").exists()
+    assert results(tmp_path)[folder.name]["resumed"]
 
 
 @pytest.mark.parametrize(
