@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from infobatch_fast.errors import UserError, reason
+from infobatch_fast.errors import UserError
 from infobatch_fast.report.benchmarks import benchmark_tables
 from infobatch_fast.report.page import MARK, Block, Heading, Table, markdown, page, terminal
 from infobatch_fast.report.plots import plots
@@ -21,7 +21,7 @@ from infobatch_fast.report.read import Inputs, read
 from infobatch_fast.report.runs import sections
 from infobatch_fast.report.tables import answer, paired_table, reported_tables, run_table
 from infobatch_fast.train.cli import Say, command, complain, parse
-from infobatch_fast.train.records import write_atomically
+from infobatch_fast.train.records import make_folder, write_atomically
 
 NAMES = ("report.md", "report.html")
 
@@ -88,10 +88,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
     first, rest = compose(inputs)
     blocks = [*first, *rest]
     title = next(block.text for block in blocks if isinstance(block, Heading))
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {options.out}: {reason(error)}") from None
+    make_folder(options.out)
     for name, text in zip(NAMES, (markdown(blocks), page(title, blocks)), strict=True):
         path = options.out / name
         if path.exists() and MARK.encode() not in path.read_bytes()[:200]:

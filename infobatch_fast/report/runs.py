@@ -92,6 +92,12 @@ class Run:
         return statistics.median(known) if known else None
 
     @property
+    def images_per_second(self) -> float | None:
+        """Of training and pruning, but for the images that start-up took."""
+        images = self.trained - sum(line.startup_images for line in self.epochs)
+        return images / self.seconds if images and self.seconds else None
+
+    @property
     def startup_seconds(self) -> float:
         """Of compiling, capturing and tuning."""
         return sum(line.startup_seconds for line in self.epochs)
