@@ -1,55 +1,106 @@
-"""Where the data is: CIFAR-10/100 on disk as a `Dataset`, the download for an empty folder.
+"""CIFAR-10 and CIFAR-100 from the files that were published; the download, for an empty folder."""
 
-The parts: `dataset` is the form that data has, `cifar_files` and `cifar_pickle` read what was
-published, `download` fetches it, `synthetic` makes images of its own.
-"""
-
+import contextlib
+import hashlib
+import io
 import os
+import socket
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from infobatch_fast.data.cifar_files import KINDS, Form, Kind, read_archive, read_folder
-from infobatch_fast.data.class_names import CLASSES
-from infobatch_fast.data.dataset import Dataset
-from infobatch_fast.data.download import download_archive
-from infobatch_fast.data.synthetic import make_synthetic
+from infobatch_fast.data.dataset import PIXELS, Dataset
 from infobatch_fast.errors import UserError, reason, unknown_name
 
-__all__ = ["DataMissing", "Dataset", "default_data_dir", "load_cifar", "make_synthetic"]
+TIMEOUT = 15.0  # s without a byte after which a download is given up
 
 
 class DataMissing(UserError):
     """No data in the folder, and no download could put it there."""
 
 
-def default_data_dir() -> Path:
-    """`INFOBATCH_DATA` where set, else `infobatch_fast` in the user's cache folder.
+@dataclass(frozen=True)
+class Form:
+    """One of the two published forms: a folder, and the archive that holds it."""
 
-    Raises:
-        UserError: neither is set and the user has no home folder.
+    folder: str
+    archive: str
+    files: tuple[str, ...]  # the training set in order, then the test set
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is fixed about a data set.
+
+    Attributes:
+        records: of each file.
+        label_bytes: of a binary record; the last of them is the label used.
+        names: the file of the binary form with the classes' names, a line each.
+        digest: `_digest` of the published records; None where no copy was at hand to take it from.
     """
-    if chosen := os.environ.get("INFOBATCH_DATA"):
-        return Path(chosen)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(cache) if cache else Path.home() / ".cache") / "infobatch_fast"
-    except RuntimeError:
-        raise UserError("INFOBATCH_DATA must be set where the user has no home folder") from None
+
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    binary: Form
+    pickled: Form
+    records: tuple[int, ...]
+    label_bytes: int
+    names: str
+    digest: str | None = None
+
+
+_BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_BATCHES_BIN = tuple(f"{name}.bin" for name in _BATCHES)
+KINDS = {
+    "cifar10": Kind(
+        num_classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        binary=Form("cifar-10-batches-bin", "cifar-10-binary.tar.gz", _BATCHES_BIN),
+        pickled=Form("cifar-10-batches-py", "cifar-10-python.tar.gz", _BATCHES),
+        records=(10_000,) * 6,
+        label_bytes=1,
+        names="batches.meta.txt",
+        digest="abf4b167a135b062ef28f7f742091acaf0d93435cacacaa70137c477b4a499cb",
+    ),
+    "cifar100": Kind(
+        num_classes=100,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        binary=Form("cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin", "test.bin")),
+        pickled=Form("cifar-100-python", "cifar-100-python.tar.gz", ("train", "test")),
+        records=(50_000, 10_000),
+        label_bytes=2,  # coarse, fine
+        names="fine_label_names.txt",
+    ),
+}
+
+
+def default_data_dir() -> Path:
+    """`INFOBATCH_DATA` where set, else `infobatch_fast` in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("INFOBATCH_DATA") or f"{cache}/infobatch_fast").expanduser()
 
 
 def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dataset:
     """Read CIFAR-10 or CIFAR-100 (its fine labels) into CPU tensors.
 
-    The forms looked for, the first found being read: the binary folder, the Python folder, the
-    binary archive, the Python archive, and `data_dir` being itself one of the two folders. A form
-    that is there but broken is an error: no other form and no download stands in for it.
+    The first is read of: the binary folder, the Python folder, the binary archive, the Python
+    archive, `data_dir` being itself one of the folders. A form that is there but broken is an
+    error: no other form and no download stands in for it.
 
     Args:
-        name: `cifar10` or `cifar100`.
-        data_dir: The folder that holds, or is to hold, one of the forms.
-        download: Fetch the Python archive into `data_dir` where no form is there.
+        name: of `KINDS`.
+        data_dir: the folder that holds, or is to hold, one of the forms.
+        download: fetch the Python form into `data_dir` where none is there.
 
     Raises:
         UserError: an unknown name, or a file that is missing, unreadable or not as published.
@@ -57,62 +108,159 @@ def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dat
     """
     if name not in KINDS:
         raise UserError(unknown_name("dataset", name, KINDS))
-    kind = KINDS[name]
-    folder = Path(os.path.abspath(os.path.expanduser(data_dir)))
+    kind, folder = KINDS[name], Path(data_dir).expanduser().absolute()
     failure = "downloading is off"
     found = _find(kind, folder)
     if found is None and download:
         try:
-            download_archive(name, folder)
-        except Exception as error:
+            _download(name, kind.pickled, folder)
+        except Exception as error:  # no network, no space, another MD5: of any type
             failure = f"the download failed ({reason(error)})"
         found = _find(kind, folder)
     if found is None:
-        names = ", ".join([f.folder for f in kind.forms] + [f.archive for f in kind.forms])
+        forms = kind.binary, kind.pickled
+        names = ", ".join([*(form.folder for form in forms), *(form.archive for form in forms)])
         raise DataMissing(
             f"data_dir {folder} must hold one of {names}, got none and {failure}: put one there, "
             "set INFOBATCH_DATA or --data-dir to the folder that has it, or use --dataset synthetic"
         )
     form, path = found
-    read = read_archive if path.name == form.archive else read_folder
-    *train, (test_images, test_labels) = read(kind, form, path)
+    with _unpacked(form, path) as place:
+        read = _read_binary(kind, place) if form is kind.binary else _read_pickled(name, place)
+    (images, labels), (test_images, test_labels), classes, published = read
     return Dataset(
         name=name,
-        images=torch.from_numpy(np.concatenate([images for images, _ in train])),
-        labels=torch.from_numpy(np.concatenate([labels for _, labels in train])),
-        test_images=torch.from_numpy(test_images),
-        test_labels=torch.from_numpy(test_labels),
+        images=torch.from_numpy(np.ascontiguousarray(images)),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        test_images=torch.from_numpy(np.ascontiguousarray(test_images)),
+        test_labels=torch.tensor(test_labels, dtype=torch.int64),
         num_classes=kind.num_classes,
         mean=kind.mean,
         std=kind.std,
-        source="genuine",
-        classes=CLASSES[name],
+        source="published" if published else "files",
+        classes=classes,
     )
 
 
 def _find(kind: Kind, folder: Path) -> tuple[Form, Path] | None:
-    """The first form in `folder`, and the path of its folder or archive."""
-    if _exists(folder) and not folder.is_dir():
-        raise UserError(f"data_dir must be a folder, got {folder}")
-    for form in kind.forms:
-        if _exists(folder / form.folder):
-            return form, folder / form.folder
-    for form in kind.forms:
-        if _exists(folder / form.archive):
-            return form, folder / form.archive
-    for form in kind.forms:
+    """The form to read, and its folder or archive."""
+    forms = kind.binary, kind.pickled
+    for places in ([form.folder for form in forms], [form.archive for form in forms]):
+        for form, name in zip(forms, places, strict=True):
+            if os.path.lexists(folder / name):  # a dangling link is broken data, not missing data
+                return form, folder / name
+    for form in forms:
         whole = all((folder / name).is_file() for name in form.files)
-        if whole or (folder.name == form.folder and _exists(folder)):
+        if whole or (folder.name == form.folder and folder.exists()):
             return form, folder
     return None
 
 
-def _exists(path: Path) -> bool:
-    # Not Path.exists: a dangling link and a folder closed to us are broken data, not missing data.
+@contextlib.contextmanager
+def _unpacked(form: Form, path: Path, under: str | None = None) -> Iterator[Path]:
+    """The folder itself, or an archive's in a temporary place, in the folder `under`."""
+    if path.name != form.archive:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=under) as scratch:
+        try:
+            with tarfile.open(path) as tar:
+                tar.extractall(scratch, filter="data")
+            yield Path(scratch) / form.folder
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            raise UserError(f"{path} must be a sound .tar.gz, got {reason(error)}") from error
+
+
+Read = tuple[Any, Any, tuple[str, ...] | None, bool]
+"""Images (N, 32, 32, 3) uint8 with labels, of both splits; classes; and if all is as published."""
+
+
+def _read_binary(kind: Kind, folder: Path) -> Read:
+    tables = []
+    for name, records in zip(kind.binary.files, kind.records, strict=True):
+        path, record = folder / name, kind.label_bytes + PIXELS
+        try:
+            table = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise UserError(f"{path} must be readable, got {reason(error)}") from error
+        if table.size != records * record:
+            rule = f"must hold {records} records of {record} bytes"
+            raise UserError(f"{path} {rule} = {records * record} bytes, got {table.size}")
+        tables.append(table.reshape(records, record))
+        highest = tables[-1][:, kind.label_bytes - 1].max()
+        if highest >= kind.num_classes:
+            raise UserError(f"{path}: labels must be in [0, {kind.num_classes}), got {highest}")
+    splits = np.concatenate(tables[:-1]), tables[-1]
+    train, test = (
+        (
+            split[:, kind.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1),
+            split[:, kind.label_bytes - 1],
+        )
+        for split in splits
+    )
+    names = folder / kind.names
+    classes = tuple(names.read_text().split()) if names.is_file() else None
+    return train, test, classes, _digest(*splits) == kind.digest
+
+
+def _digest(*splits: np.ndarray) -> str:
+    """Of the records of each split in whatever order, as copies repacked in another one exist.
+
+    The digest of CIFAR-10 was taken from such a copy: its pixels were kept without loss, and their
+    mean and deviation are those of the published ones to eight digits.
+    """
+    whole = hashlib.sha256()
+    for records in splits:
+        whole.update(b"".join(sorted(hashlib.sha256(record).digest() for record in records)))
+    return whole.hexdigest()
+
+
+def _torchvision(name: str) -> Any:
+    # Here, since torchvision takes seconds to import, and the binary form has no need of it.
+    from torchvision import datasets
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
+def _read_pickled(name: str, folder: Path) -> Read:
+    """By torchvision. A pickle could run anything when it is read.
+
+    So only files are read whose MD5 is the published one, which torchvision, too, looks at first.
+    """
+    from torchvision.datasets.utils import check_integrity
+
+    published = _torchvision(name)
+    meta = published.meta["filename"], published.meta["md5"]
+    for file, md5 in (*published.train_list, *published.test_list, meta):
+        try:
+            right = check_integrity(folder / file, md5)
+        except OSError as error:
+            raise UserError(f"{folder / file} must be readable, got {reason(error)}") from error
+        if not right:
+            raise UserError(f"{folder / file} must be there with the published MD5, {md5}")
+    here = type(name, (published,), {"base_folder": ""})  # whatever the folder is called
+    train, test = (here(folder, train=split) for split in (True, False))
+    return (train.data, train.targets), (test.data, test.targets), tuple(train.classes), True
+
+
+def _download(name: str, form: Form, folder: Path) -> None:
+    """Put the Python form into `folder`, quietly: whole, or nothing of it."""
+    from torchvision.datasets.utils import download_url
+
+    published, silence = _torchvision(name), io.StringIO()
+    folder.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
     try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} must be readable, got {reason(error)}") from error
-    return True
+        socket.setdefaulttimeout(TIMEOUT)
+        with (
+            tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch,
+            contextlib.redirect_stdout(silence),
+            contextlib.redirect_stderr(silence),
+        ):
+            download_url(published.url, scratch, form.archive, published.tgz_md5)
+            with _unpacked(form, Path(scratch) / form.archive, scratch) as place:
+                place.rename(folder / form.folder)
+    finally:
+        socket.setdefaulttimeout(timeout)

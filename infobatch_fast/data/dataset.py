@@ -23,7 +23,7 @@ class Dataset:
     num_classes: int
     mean: tuple[float, float, float]  # of red, green and blue in [0, 1]
     std: tuple[float, float, float]
-    source: str  # "genuine" or "synthetic"
+    source: str  # published: known to be the published images; files: of files; synthetic
     classes: tuple[str, ...] | None = None  # names, by label
 
     def part(self, fraction: float) -> "Dataset":

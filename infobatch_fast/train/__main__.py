@@ -15,13 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infobatch_fast.data.cifar import (
-    DataMissing,
-    Dataset,
-    default_data_dir,
-    load_cifar,
-    make_synthetic,
-)
+from infobatch_fast.data.cifar import DataMissing, default_data_dir, load_cifar
+from infobatch_fast.data.dataset import Dataset
+from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.telemetry.phases import HostSync
 from infobatch_fast.train import config, console, records

@@ -13,7 +13,7 @@ import torch
 from runs import lines_of, resume, run, summary_of
 
 from infobatch_fast import InfoBatch
-from infobatch_fast.data.cifar import make_synthetic
+from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.kernels import reference
 from infobatch_fast.plan import Plan
 from infobatch_fast.train import console, ledger, loop

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import normalize
 
 import infobatch_fast
 from infobatch_fast import InfoBatch
-from infobatch_fast.data.cifar import make_synthetic
+from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.plan import Plan
 from infobatch_fast.policies import POLICIES
 from infobatch_fast.telemetry.phases import PHASES
