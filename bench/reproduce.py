@@ -32,11 +32,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 import tyro
 
 from infobatch_fast.errors import UserError, reason
-from infobatch_fast.policies import POLICIES
 from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.report.text import markdown
 from infobatch_fast.train import records
@@ -146,6 +144,8 @@ def settle(options: Options, extra: Sequence[str]) -> Options:
         raise UserError(f"scale must be in (0, 1], got {options.scale}")
     preset = options.preset
     if preset == "auto":
+        import torch  # seconds, which other calls do without
+
         preset = "paper" if torch.cuda.is_available() else "quick"
     whole = EPOCHS[preset] if options.epochs is None else options.epochs
     if (epochs := round(whole * options.scale)) < 2:
@@ -209,6 +209,8 @@ def prunings_of(
     if table == "ablation":
         return ABLATION, Pruning()
     if table == "policies":
+        from infobatch_fast.policies import POLICIES  # it imports torch
+
         most = (Pruning().first_full_epoch(epochs) - 1) / epochs  # the first and the last are full
         saving = SAVING if most > SAVING else round(most / 2, 4)
         names = [name for name in POLICIES if name != "none"]
