@@ -45,7 +45,7 @@ class GraphStep:
         self._static: dict[torch.Size, tuple[Tensor, ...]] = {}
         self._graphs: dict[torch.Size, torch.cuda.CUDAGraph] = {}
         self._stream: Any = None  # of all captures: they share a pool, whose memory is a stream's
-        self.failure: str | None = None
+        self._failed = False
 
     @property
     def captured(self) -> bool:
@@ -55,7 +55,7 @@ class GraphStep:
     @property
     def pending(self) -> bool:
         """Whether `capture` has something to do."""
-        return not self.failure and len(self._graphs) < len(self._static)
+        return not self._failed and len(self._graphs) < len(self._static)
 
     def is_new(self, shape: torch.Size) -> bool:
         """As of `TrainStep`; the capture itself, another part of start-up, is in `capture`."""
@@ -64,17 +64,16 @@ class GraphStep:
     def __call__(
         self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
     ) -> None:
-        """Train on one batch; as `TrainStep`'s."""
-        inputs = (images, labels, *batch)
-        key = images.shape
-        graph = self._graphs.get(key)
+        """Train on one batch, as `TrainStep`."""
+        inputs, shape = (images, labels, *batch), images.shape
+        graph = self._graphs.get(shape)
         if graph is None:
             self.step(images, labels, batch, lr, momentum)
-            room = len(self._static) < MOST and key not in self._static
-            if self.step.seen[key] >= WARM_UP and room and not self.failure:
-                self._static[key] = tuple(torch.empty_like(tensor) for tensor in inputs)
+            room = len(self._static) < MOST and shape not in self._static
+            if room and self.step.seen[shape] >= WARM_UP:
+                self._static[shape] = tuple(torch.empty_like(tensor) for tensor in inputs)
             return
-        for target, source in zip(self._static[key], inputs, strict=True):
+        for target, source in zip(self._static[shape], inputs, strict=True):
             target.copy_(source)
         set_schedule(self.step.optimizer, lr, momentum)
         graph.replay()
@@ -82,54 +81,48 @@ class GraphStep:
     def capture(self) -> None:
         """Capture the sizes that have come often enough.
 
-        Call it between epochs, when no loader is at work: DALI's threads wait for the whole device
-        now and then, which a capture forbids, and so does a collected Triton module.
+        Call it between epochs, when no loader is at work. A thread of DALI's waits for the whole
+        device when an output is released, which ends the process if a capture is under way then:
+        its loader holds the last one until the next epoch, what waits for the garbage collector is
+        released before, and the threads of those before it have time to finish. A collected Triton
+        module may not be unloaded in a capture either.
         """
-        for key, static in self._static.items():
-            if key in self._graphs or self.failure:
-                continue
+        while self.pending:
+            shape = next(shape for shape in self._static if shape not in self._graphs)
             try:
-                self._graphs[key] = self._capture(static)
+                self._graphs[shape] = self._capture(*self._static[shape])
             except Exception as error:  # nothing was trained: what is captured does not run
                 self.step.optimizer.zero_grad(set_to_none=True)
-                # Of the capture's end, it says less than what went wrong within.
-                self.failure = reason(error.__context__ or error)
+                self._failed = True
                 if self._say is None:
                     raise
-                self._say(f"WARNING: no CUDA graph, every step runs eagerly: {self.failure}")
+                # Of the capture's end, it says less than what went wrong within.
+                why = reason(error.__context__ or error)
+                self._say(f"WARNING: no CUDA graph, every step runs eagerly: {why}")
 
-    def _capture(self, static: tuple[Tensor, ...]) -> Any:
-        images, labels, indices, weights = static
+    def _capture(self, images: Tensor, labels: Tensor, indices: Tensor, weights: Tensor) -> Any:
         pool = next((graph.pool() for graph in self._graphs.values()), None)
         with torch.cuda.device(self._device):
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             self._stream = self._stream or torch.cuda.Stream(self._device)
+            how = {"stream": self._stream, "capture_error_mode": "thread_local"}
             collecting = gc.isenabled()
             gc.collect()
             gc.disable()
             try:
                 torch.cuda.synchronize()
                 time.sleep(QUIET)
-                with torch.cuda.graph(
-                    graph,
-                    pool=pool,
-                    stream=self._stream,
-                    capture_error_mode="thread_local",
-                ):
+                with torch.cuda.graph(graph, pool, **how):
                     self.step.advance(images, labels, Batch(indices, weights), self._untimed)
             finally:
-                torch.cuda.set_stream(before)  # torch 2.11 leaves its own where a capture fails
+                torch.cuda.set_stream(before)  # torch leaves its own where a capture fails
                 if collecting:
                     gc.enable()
         return graph
 
 
 def obstacle(step: TrainStep) -> str | None:
-    """Why a step cannot be captured, in words; None if it can.
-
-    Args:
-        step: looked at.
-    """
+    """Why a step cannot be captured, in words; None if it can."""
     if step.found_inf.device.type != "cuda":
         return "CUDA graphs need a CUDA device"
     for group in step.optimizer.param_groups:

@@ -16,60 +16,42 @@ def make_model(name: str, num_classes: int = 10, *, seed: int | None = None) -> 
     initialisation is PyTorch's default, as in the InfoBatch experiments, not torchvision's.
 
     Args:
-        name: "r18", "r34", "r50", "r101", or "small" (`SmallResNet`) to try things on a CPU.
+        name: of `MODELS`; small is `SmallResNet`, to try things on a CPU.
         num_classes: C.
-        seed: Fixes the initial weights and leaves the global generators as they are; without one
+        seed: fixes the initial weights and leaves the global generators as they are; without one
             the weights are drawn from torch's global generator.
 
     Raises:
-        UserError: If the name is unknown.
-        ValueError: If num_classes is below 1.
+        UserError: the name is unknown.
     """
     if name not in MODELS:
         raise UserError(unknown_name("model", name, MODELS))
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be >= 1, got {num_classes}")
     # Built without storage: torchvision's own initialisation draws nothing and costs nothing.
     with torch.device("meta"):
         model = SmallResNet(num_classes) if name == "small" else _cifar_resnet(name, num_classes)
     model.to_empty(device="cpu")
-    if seed is None:
-        _initialise(model)
-    else:
-        with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
             torch.random.default_generator.manual_seed(seed)
-            _initialise(model)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+                module.reset_parameters()
     return model
 
 
 def _cifar_resnet(name: str, num_classes: int) -> nn.Module:
-    # Here, since torchvision takes seconds to import.
-    from torchvision import models
+    from torchvision import models  # here, since it takes seconds to import
 
-    build = {
-        "r18": models.resnet18,
-        "r34": models.resnet34,
-        "r50": models.resnet50,
-        "r101": models.resnet101,
-    }[name]
-    model = build(num_classes=num_classes)
+    model = getattr(models, name.replace("r", "resnet"))(num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    model.maxpool = nn.Identity()
     return model
-
-
-def _initialise(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-            module.reset_parameters()
 
 
 class SmallResNet(nn.Module):
     """A residual network of three basic blocks, for runs of a minute on two CPU cores.
 
-    Args:
-        num_classes: C.
-        width: Channels of the stem and the first block; the others have two and four times as many.
+    The stem and the first block have `width` channels, the others two and four times as many.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 16):

@@ -58,7 +58,6 @@ class TrainStep:
 
     Attributes:
         by_kernels: whether the device has our Triton kernels.
-        compiled: whether the network runs as torch.compile made it.
         forward: the network, compiled or not.
         seen: steps run here, by the shape of their images; a graph's replays are not.
     """
@@ -99,7 +98,8 @@ class TrainStep:
         self.counts = torch.zeros(5, dtype=torch.float64, device=device)
 
     @property
-    def compiled(self) -> bool:  # noqa: D102
+    def compiled(self) -> bool:
+        """Whether the network runs as torch.compile made it."""
         return self.forward is not self.model
 
     def is_new(self, shape: torch.Size) -> bool:
@@ -113,14 +113,9 @@ class TrainStep:
     def __call__(
         self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
     ) -> None:
-        """Train on one batch.
+        """Train on images (B, C, H, W) float32, channels_last, and labels (B,) int64.
 
-        Args:
-            images: (B, C, H, W) float32, channels_last.
-            labels: (B,) int64.
-            batch: the samples' indices and weights.
-            lr: learning rate of this step.
-            momentum: momentum (beta1 of adam and lamb) of this step.
+        The momentum is beta1 of adam and lamb.
         """
         self.seen[images.shape] += 1
         set_schedule(self.optimizer, lr, momentum)
@@ -129,14 +124,9 @@ class TrainStep:
     def advance(self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases) -> None:
         """The device's part of a step, at the learning rate and momentum that are set.
 
-        Args:
-            images: as in the call.
-            labels: the same.
-            batch: the same.
-            phases: of scoring and rescaling; not enabled where a CUDA graph is captured.
+        The phases are of scoring and rescaling; not enabled where a CUDA graph is captured.
         """
         loss, losses = self._gradients(images, labels, batch, phases)
-
         optimizer: Any = self.optimizer
         optimizer.found_inf = self.found_inf
         if isinstance(optimizer, LayerWise):  # it marks them as it reads them for their norms
@@ -164,7 +154,9 @@ class TrainStep:
         try:
             return self._forward_backward(images, labels, batch, phases)
         except RuntimeError as error:  # at a first call: the backward is compiled at its own
-            _raise_lack_of_memory(error)
+            cause = getattr(error, "inner_exception", None)
+            if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+                raise cause from error  # which is no failure of the compiler's
             if self._say is None or not self.compiled or not _of_compiler(error):
                 raise
             self._say(f"WARNING: the network is not compiled: {reason(error)}")
@@ -177,24 +169,18 @@ class TrainStep:
     def _forward_backward(
         self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases
     ) -> tuple[Tensor, Tensor]:
+        """Gradients of the loss times the scale; the loss () and the losses (B,), detached."""
+        plain, scale = self.infobatch is None, self.scale if self.scaling else None
         with self.autocast:
             logits = self.forward(images)
-        return self._backward(logits, labels, batch, phases)
-
-    def _backward(
-        self, logits: Tensor, labels: Tensor, batch: Batch, phases: Phases
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the loss times the scale; the loss () and the losses (B,), detached."""
-        kernels = self._kernels
-        if kernels is not None and logits.shape[1] <= kernels.max_classes:
-            plain = self.infobatch is None
+        if self._kernels is not None and logits.shape[1] <= self._kernels.max_classes:
             # One launch, or two where classes are many, in the place of a dozen.
-            loss, losses, gradient = kernels.cross_entropy_gradient(
+            loss, losses, gradient = self._kernels.cross_entropy_gradient(
                 logits,
                 labels,
                 torch.ones_like(batch.weights) if plain else batch.weights,
                 label_smoothing=self.label_smoothing,
-                scale=self.scale if self.scaling else None,
+                scale=scale,
             )
             logits.backward(gradient)
             return loss, losses
@@ -202,30 +188,23 @@ class TrainStep:
             logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
         )
         with phases("update"):
-            if self.infobatch is None:
-                loss = losses.mean()
-            else:
-                loss = reference.rescaled_mean(losses, batch.weights)
-        (loss * self.scale if self.scaling else loss).backward()
+            loss = losses.mean() if plain else reference.rescaled_mean(losses, batch.weights)
+        (loss if scale is None else loss * scale).backward()
         return loss.detach(), losses.detach()
 
     @torch.no_grad()
     def _count(self, loss: Tensor, size: int, weight: float | Tensor) -> None:
         skipped = self.found_inf.double()
-        taken = 1 - skipped
-        total = (loss.double() * size).masked_fill(skipped != 0, 0.0)
-        row = (self.counts[3] + 1) * skipped
-        self.counts.copy_(
-            torch.stack(
-                [
-                    self.counts[0] + total,
-                    self.counts[1] + weight * taken,
-                    self.counts[2] + skipped,
-                    row,
-                    torch.maximum(self.counts[4], row),
-                ]
-            )
-        )
+        total, weights, skips, row, longest = self.counts.unbind()
+        row = (row + 1) * skipped
+        counts = [
+            total + (loss.double() * size).masked_fill(skipped != 0, 0.0),
+            weights + weight * (1 - skipped),
+            skips + skipped,
+            row,
+            torch.maximum(longest, row),
+        ]
+        self.counts.copy_(torch.stack(counts))
 
     def begin_epoch(self) -> None:
         """Count anew, but for the skipped steps in a row."""
@@ -272,9 +251,8 @@ class _Guard:
         self.groups = []
         for group in by_dtype.values():
             good = torch.cat([buffer.reshape(-1) for buffer in group])
-            sizes = [buffer.numel() for buffer in group]
             now = torch.empty_like(good)
-            views = _split(good, group, sizes), _split(now, group, sizes)
+            views = (_views(flat, group) for flat in (good, now))
             self.groups.append((group, good, now, *views))
 
     def keep(self) -> None:
@@ -296,13 +274,6 @@ class _Guard:
             torch._foreach_copy_(buffers, good_views)
 
 
-def _raise_lack_of_memory(error: RuntimeError) -> None:
-    """Raise the one that torch.compile wrapped: it is no failure of the compiler's."""
-    cause = getattr(error, "inner_exception", None)
-    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
-        raise cause from error
-
-
 def _of_compiler(error: RuntimeError) -> bool:
     """Whether it is torch.compile's, whichever pass it is raised in."""
     from torch._dynamo.exc import TorchDynamoException  # a second to import
@@ -310,5 +281,6 @@ def _of_compiler(error: RuntimeError) -> bool:
     return isinstance(error, TorchDynamoException)
 
 
-def _split(flat: Tensor, like: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    return [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), like, strict=True)]
+def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
