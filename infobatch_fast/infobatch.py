@@ -240,12 +240,6 @@ class InfoBatch:
             kind = type(batch).__name__
             raise TypeError(f"batch must be the Batch that came with the samples, got {kind}")
         losses = per_sample(losses, batch.indices.numel())
-        kernels = triton_kernels(self.scores.device)
-        tensors = [tensor.contiguous() for tensor in (losses, batch.weights, batch.indices)]
-        here = all(tensor.device == self.scores.device for tensor in tensors)
-        plain = self.pruning.score == "loss"
-        if kernels is not None and plain and here and batch.weights.dtype == torch.float32:
-            return kernels.update(*tensors, self.scores)
         self.record(losses, batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 

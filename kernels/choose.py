@@ -1,4 +1,4 @@
-"""An epoch's samples, chosen and shuffled without a sort; `prune_torch` says what each part does.
+"""An epoch's samples, chosen and shuffled without a sort; `twin` says what each part does.
 
 Dimensions: N samples, n prunable of them, k of those kept, K = N - n + k kept in all. Bytes moved:
 choose reads K random positions of 4, a sector of 32 each, and writes 4 K of weights and 4 K or 8 K
@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import bijection as bijections
-from .bijection import Bijection, bijection
-from .prune import BLOCK, check, launch
-from .prune_torch import CHOICE, ORDER, position_dtype
+from . import twin
+from .launch import check, launch
+from .twin import CHOICE, ORDER, Bijection, bijection, position_dtype
 
-_FIRST: tl.constexpr = tl.constexpr(bijections.FIRST)
-_SECOND: tl.constexpr = tl.constexpr(bijections.SECOND)
-_STEP: tl.constexpr = tl.constexpr(bijections.STEP)
+BLOCK = 1024  # samples a program draws
+_FIRST: tl.constexpr = tl.constexpr(twin.FIRST)
+_SECOND: tl.constexpr = tl.constexpr(twin.SECOND)
+_STEP: tl.constexpr = tl.constexpr(twin.STEP)
 _CHECK: tl.constexpr = tl.constexpr(False)  # for overflow: the hashes are meant to wrap
 
 
@@ -50,13 +50,14 @@ def _network(x, rows, shift, row_key, column_key, pairs):  # (BLOCK,) uint32 or 
 
 
 @triton.jit
-def _permute(x, size, rows, shift, row_key, column_key, pairs):  # (BLOCK,) uint32 or uint64, as x
+def _permute(x, size, rows, shift, row_key, column_key, pairs, swap):  # (BLOCK,) as x, unsigned
     # Every x must be below size, or its walk need not end.
     size = size.to(x.dtype)
     rows = rows.to(tl.uint32)
     shift = shift.to(tl.uint32)
     row_key = row_key.to(tl.uint32)
     column_key = column_key.to(tl.uint32)
+    x ^= tl.where(x < 2, swap, 0).to(x.dtype)
     x = _network(x, rows, shift, row_key, column_key, pairs)
     outside = x >= size
     while tl.max(outside.to(tl.int32), axis=0) != 0:
@@ -65,26 +66,27 @@ def _permute(x, size, rows, shift, row_key, column_key, pairs):  # (BLOCK,) uint
     return x
 
 
-_ORDER_ARGUMENTS = ["size", "rows", "shift", "row_key", "column_key", "pairs"]
+_ORDER_ARGUMENTS = list(Bijection._fields)
 
 
 @triton.jit(do_not_specialize=_ORDER_ARGUMENTS)
 def _shuffle_kernel(
-    indices,  # (size,) int32 or int64
+    indices,  # (size,) int64
     size,
     rows,
     shift,
     row_key,
     column_key,
     pairs,
+    swap,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     places = first + tl.arange(0, BLOCK)
     place = tl.where(places < size, places, 0).to(tl.uint64 if WIDE else tl.uint32)
-    index = _permute(place, size, rows, shift, row_key, column_key, pairs)
-    index = index.to(indices.dtype.element_ty)
+    index = _permute(place, size, rows, shift, row_key, column_key, pairs, swap)
+    index = index.to(tl.int64)
     if first + BLOCK <= size:
         tl.store(indices + places, index)
     else:
@@ -97,7 +99,7 @@ _CHOICE_ARGUMENTS = [f"choice_{name}" for name in _ORDER_ARGUMENTS]
 @triton.jit(do_not_specialize=["n", "k", *_ORDER_ARGUMENTS, *_CHOICE_ARGUMENTS])
 def _choose_kernel(
     positions,  # (N,) int32 or int64
-    indices,  # (K,) int32 or int64
+    indices,  # (K,) int64
     weights,  # (K,) float32
     n,
     k,
@@ -108,19 +110,21 @@ def _choose_kernel(
     row_key,
     column_key,
     pairs,
+    swap,
     choice_size,  # n, or 1 where that is 0
     choice_rows,
     choice_shift,
     choice_row_key,
     choice_column_key,
     choice_pairs,
+    choice_swap,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     places = first + tl.arange(0, BLOCK)
     place = tl.where(places < size, places, 0).to(tl.uint64 if WIDE else tl.uint32)
-    drawn = _permute(place, size, rows, shift, row_key, column_key, pairs)
+    drawn = _permute(place, size, rows, shift, row_key, column_key, pairs, swap)
     prunable = drawn < k.to(drawn.dtype)
     rank = _permute(
         tl.where(prunable, drawn, tl.zeros_like(drawn)),
@@ -130,9 +134,10 @@ def _choose_kernel(
         choice_row_key,
         choice_column_key,
         choice_pairs,
+        choice_swap,
     ).to(tl.int64)
     at = tl.where(prunable, rank, drawn.to(tl.int64) - k + n)
-    index = tl.load(positions + at).to(indices.dtype.element_ty)
+    index = tl.load(positions + at).to(tl.int64)
     drawn_weight = tl.where(prunable, weight, 1.0).to(tl.float32)
     if first + BLOCK <= size:
         tl.store(indices + places, index)
@@ -142,15 +147,7 @@ def _choose_kernel(
         tl.store(weights + places, drawn_weight, mask=places < size)
 
 
-def choose(
-    positions: Tensor,
-    n: int,
-    k: int,
-    weight: float,
-    key: int,
-    dtype: torch.dtype = torch.int64,
-    rounds: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def choose(positions: Tensor, n: int, k: int, weight: float, key: int) -> tuple[Tensor, Tensor]:
     """Keep k of the n prunable samples, uniformly without replacement, and all others; shuffle.
 
     Args:
@@ -159,11 +156,9 @@ def choose(
         k: number of those to keep, in [0, n].
         weight: loss weight of the prunable samples kept; all others get 1.
         key: 64 bits.
-        dtype: of the indices, int32 or int64.
-        rounds: of the bijections; None is as many as they need.
 
     Returns:
-        indices (K,) and weights (K,) float32, in the order of the epoch.
+        indices (K,) int64 and weights (K,) float32, in the order of the epoch.
 
     Raises:
         TypeError, ValueError: an argument is not as said; the message names it.
@@ -175,76 +170,46 @@ def choose(
     if not 0 <= k <= n:
         raise ValueError(f"k must be in [0, {n}], got {k}")
     kept = num_samples - n + k
-    _check_index_dtype(dtype, num_samples)
-    order, choice = bijection(kept, key, ORDER, rounds), bijection(n, key, CHOICE, rounds)
-    indices = positions.new_empty(kept, dtype=dtype)
+    order, choice = bijection(kept, key, ORDER), bijection(n, key, CHOICE)
+    indices = positions.new_empty(kept, dtype=torch.int64)
     weights = positions.new_empty(kept, dtype=torch.float32)
     if kept:
-        with torch.cuda.device_of(positions):
-            _choose_kernel[(triton.cdiv(kept, BLOCK),)](
-                positions,
-                indices,
-                weights,
-                n,
-                k,
-                float(weight),  # a whole number would be another type, and another kernel
-                *_arguments(order),
-                *_arguments(choice),
-                **launch(WIDE=num_samples >= 1 << 31, BLOCK=BLOCK),
-            )
+        launch(
+            _choose_kernel,
+            triton.cdiv(kept, BLOCK),
+            *(positions, indices, weights, n, k),
+            float(weight),  # a whole number would be another type, and another kernel
+            *_arguments(order),
+            *_arguments(choice),
+            WIDE=num_samples >= 1 << 31,
+            BLOCK=BLOCK,
+        )
     return indices, weights
 
 
-def shuffle(
-    num_samples: int,
-    key: int,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.int64,
-    rounds: int | None = None,
-) -> Tensor:
-    """All of [0, N) in an order that the key gives: a full epoch.
-
-    Args:
-        num_samples: N.
-        key: 64 bits.
-        device: of the result.
-        dtype: int32 or int64.
-        rounds: of the bijection; None is as many as it needs.
-
-    Returns:
-        (N,) of that dtype.
+def shuffle(num_samples: int, key: int, device: torch.device | str) -> Tensor:
+    """All of [0, N) in an order that a key of 64 bits gives: a full epoch, (N,) int64.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
-    through = bijection(num_samples, key, ORDER, rounds)
-    _check_index_dtype(dtype, num_samples)
-    indices = torch.empty(num_samples, dtype=dtype, device=device)
-    check("device", indices, dtype)
+    through = bijection(num_samples, key, ORDER)
+    indices = torch.empty(num_samples, dtype=torch.int64, device=device)
+    check("device", indices, torch.int64)
     if num_samples:
-        with torch.cuda.device_of(indices):
-            _shuffle_kernel[(triton.cdiv(num_samples, BLOCK),)](
-                indices,
-                *_arguments(through),
-                **launch(WIDE=num_samples >= 1 << 31, BLOCK=BLOCK),
-            )
+        launch(
+            _shuffle_kernel,
+            triton.cdiv(num_samples, BLOCK),
+            indices,
+            *_arguments(through),
+            WIDE=num_samples >= 1 << 31,
+            BLOCK=BLOCK,
+        )
     return indices
 
 
 def _arguments(through: Bijection) -> Bijection:
     # Keys as signed words: Triton types an integer by its value, and would compile a kernel for
     # those below 2**31 and one for those above.
-    return through._replace(
-        row_key=_signed(through.row_key), column_key=_signed(through.column_key)
-    )
-
-
-def _signed(word: int) -> int:
-    return word - (word >> 31 << 32)
-
-
-def _check_index_dtype(dtype: torch.dtype, num_samples: int) -> None:
-    if dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"dtype must be torch.int32 or torch.int64, got {dtype}")
-    if dtype == torch.int32 and num_samples > 1 << 31:
-        raise ValueError(f"dtype must be torch.int64 for more than 2**31 samples, got {dtype}")
+    row, column = (word - (word >> 31 << 32) for word in (through.row_key, through.column_key))
+    return through._replace(row_key=row, column_key=column)

@@ -1,4 +1,4 @@
-"""The prunable samples of an epoch, in Triton; `prune_torch` says what each part does.
+"""The prunable samples of an epoch, in Triton; `twin` says what each part does.
 
     limit = threshold(scores)                                   # 2 launches
     positions, count = partition(scores, limit)                 # 2
@@ -12,14 +12,13 @@ partition reads 8 N of scores, 2 N of a mask, and writes 4 N (8 N from N = 2**31
 held until the epoch is chosen.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .prune_torch import position_dtype
+from .launch import check, launch
+from .twin import position_dtype
 
 # Samples a program handles at a time; 8 a thread, which hold all their words in registers.
 BLOCK = 1024
@@ -181,11 +180,8 @@ def threshold(scores: Tensor) -> Tensor:
     sums = scores.new_empty(programs, dtype=torch.float64)
     counts = scores.new_empty(programs, dtype=torch.int64)
     mean = scores.new_empty(())
-    with torch.cuda.device_of(scores):
-        _sums_kernel[(programs,)](
-            scores, sums, counts, scores.numel(), blocks, **launch(BLOCK=BLOCK)
-        )
-        _mean_kernel[(1,)](sums, counts, mean, programs, **launch(PROGRAMS=PROGRAMS))
+    launch(_sums_kernel, programs, scores, sums, counts, scores.numel(), blocks, BLOCK=BLOCK)
+    launch(_mean_kernel, 1, sums, counts, mean, programs, PROGRAMS=PROGRAMS)
     return mean
 
 
@@ -217,27 +213,22 @@ def partition(source: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, 
     if mask:
         source = source.view(torch.uint8)
     limit = counts if threshold is None else threshold
-    with torch.cuda.device_of(source):
-        _count_kernel[(programs,)](
-            source, limit, counts, num_samples, blocks, **launch(MASK=mask, BLOCK=BLOCK)
-        )
-        _partition_kernel[(programs,)](
-            source,
-            limit,
-            counts,
-            positions,
-            total,
-            num_samples,
-            blocks,
-            programs,
-            **launch(MASK=mask, BLOCK=BLOCK, PROGRAMS=PROGRAMS),
-        )
+    launch(
+        _count_kernel,
+        programs,
+        *(source, limit, counts, num_samples, blocks),
+        MASK=mask,
+        BLOCK=BLOCK,
+    )
+    launch(
+        _partition_kernel,
+        programs,
+        *(source, limit, counts, positions, total, num_samples, blocks, programs),
+        MASK=mask,
+        BLOCK=BLOCK,
+        PROGRAMS=PROGRAMS,
+    )
     return positions, total
-
-
-def launch(**constants: Any) -> dict[str, Any]:
-    """The constants of a kernel, with what it is compiled with."""
-    return {**constants, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def _stretches(num_samples: int) -> tuple[int, int]:
@@ -245,25 +236,3 @@ def _stretches(num_samples: int) -> tuple[int, int]:
     blocks = triton.cdiv(num_samples, BLOCK)
     each = triton.cdiv(blocks, PROGRAMS)
     return each, triton.cdiv(blocks, each)
-
-
-def check(
-    name: str,
-    tensor: Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int, ...] | None = None,
-    device: torch.device | None = None,
-) -> None:
-    """Raise TypeError or ValueError unless a kernel can take the tensor; None is any device."""
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if shape is None and tensor.dim() != 1:
-        raise ValueError(f"{name} must have shape (N,), got {tuple(tensor.shape)}")
-    if shape is not None and tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-    if isinstance(_sums_kernel, triton.JITFunction) and not tensor.is_cuda:
-        raise ValueError(f"{name} must be on a CUDA device, got {tensor.device}")

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import prune_torch, reference
+from . import reference, twin
 
 
 class Kernels(NamedTuple):
-    """The operations of `prune`, `choose`, `update` and `cross_entropy`, by their names there.
+    """The operations of this folder's modules, by their names there.
 
     Attributes:
         max_classes: the most that the cross-entropy takes.
@@ -22,9 +22,9 @@ class Kernels(NamedTuple):
     partition: Callable[..., Any]
     choose: Callable[..., Any]
     shuffle: Callable[..., Any]
-    update: Callable[..., Any]
     record: Callable[..., Any]
     cross_entropy_gradient: Callable[..., Any]
+    lars: Callable[..., Any]
     max_classes: int
 
 
@@ -32,10 +32,7 @@ def triton_kernels(device: torch.device) -> Kernels | None:
     """The Triton kernels, if the device can run them; None where torch's operations must do.
 
     Before their first use on a device they are compared with torch's there, once, which compiles
-    them. One that fails or differs is not used: a warning says so and why.
-
-    Args:
-        device: of the tensors that they will be given.
+    them. If one fails or differs none is used: a warning says so and why.
     """
     if device.type != "cuda":
         return None
@@ -60,26 +57,22 @@ _PROVEN: dict[torch.device, Kernels | None] = {}  # functools' cache would stop 
 
 def load() -> Kernels:
     """The Triton kernels, unproven."""
-    from . import choose, cross_entropy, prune, update
+    from . import choose, cross_entropy, lars, prune, record
 
     return Kernels(
         prune.threshold,
         prune.partition,
         choose.choose,
         choose.shuffle,
-        update.update,
-        update.record,
+        record.record,
         cross_entropy.cross_entropy_gradient,
+        lars.Lars,
         cross_entropy.MAX_CLASSES,
     )
 
 
 def prove(kernels: Kernels, device: torch.device) -> None:
     """Compare the kernels with torch's operations on small examples, whatever modes are on.
-
-    Args:
-        kernels: to be compared.
-        device: where.
 
     Raises:
         RuntimeError: one differs; the message names it.
@@ -96,7 +89,8 @@ def prove(kernels: Kernels, device: torch.device) -> None:
             (torch.bfloat16, 200, 0.02),  # more logits than one program takes
         ):
             _prove_cross_entropy(kernels, weights, dtype, classes, relative)
-        _prove_update(kernels, indices, weights)
+        _prove_record(kernels, indices)
+        _prove_lars(kernels, device)
 
 
 def _prove_choosing(kernels: Kernels, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -104,17 +98,17 @@ def _prove_choosing(kernels: Kernels, device: torch.device) -> tuple[Tensor, Ten
     scores[::7] = torch.nan
     key = 0x9E3779B97F4A7C15
     threshold = reference.threshold(scores)
-    agree("threshold", kernels.threshold(scores), threshold, 1e-6)
+    _agree("threshold", kernels.threshold(scores), threshold, 1e-6)
     for source in ((reference.well_learned(scores),), (scores, threshold)):
         positions, count = kernels.partition(*source)
-        expected, expected_count = prune_torch.partition(*source)
-        agree("partition", positions, expected)
-        agree("partition", count, expected_count)
+        expected, expected_count = twin.partition(*source)
+        _agree("partition", positions, expected)
+        _agree("partition", count, expected_count)
     n = int(expected_count)
     chosen = kernels.choose(expected, n, n // 2, 2.5, key)
-    for got, want in zip(chosen, prune_torch.choose(expected, n, n // 2, 2.5, key), strict=True):
-        agree("choose", got, want)
-    agree("shuffle", kernels.shuffle(3000, key, device), prune_torch.shuffle(3000, key, device))
+    for got, want in zip(chosen, twin.choose(expected, n, n // 2, 2.5, key), strict=True):
+        _agree("choose", got, want)
+    _agree("shuffle", kernels.shuffle(3000, key, device), twin.shuffle(3000, key, device))
     return chosen[0][:300].contiguous(), chosen[1][:300].contiguous()
 
 
@@ -132,27 +126,36 @@ def _prove_cross_entropy(
         logits.detach(), labels, weights, label_smoothing=0.1, scale=scale
     )
     for got, want in zip(fused, (mean, losses, gradient), strict=True):
-        agree("cross_entropy", got, want.detach(), relative)
+        _agree("cross_entropy_gradient", got, want.detach(), relative)
 
 
-def _prove_update(kernels: Kernels, indices: Tensor, weights: Tensor) -> None:
-    written = _draw(weights.device, 3000)
+def _prove_record(kernels: Kernels, indices: Tensor) -> None:
+    written = _draw(indices.device, 3000)
     expected = written.clone()
-    losses = _draw(weights.device, 300).requires_grad_()
-    mean = kernels.update(losses, weights, indices, written)
-    agree("update", mean.detach(), reference.rescaled_mean(losses, weights).detach(), 1e-5)
-    (gradient,) = torch.autograd.grad(mean, losses)
-    agree("update", gradient, weights / 300, 1e-6)
+    losses = _draw(indices.device, 300) + 1
+    losses[::3] = torch.inf
+    flag = torch.ones((), dtype=torch.float32, device=indices.device)
+    kernels.record(written, indices, losses, flag)  # a skipped step
+    _agree("record", written, expected)
     reference.record(expected, indices, losses)
-    agree("update", written, expected)
-    other = losses.detach() + 1
-    other[::3] = torch.inf
-    flag = torch.ones((), dtype=torch.float32, device=weights.device)
-    kernels.record(written, indices, other, flag)  # a skipped step
-    agree("record", written, expected)
-    kernels.record(written, indices, other, torch.zeros_like(flag))
-    reference.record(expected, indices, other)
-    agree("record", written, expected)
+    kernels.record(written, indices, losses, torch.zeros_like(flag))
+    _agree("record", written, expected)
+
+
+def _prove_lars(kernels: Kernels, device: torch.device) -> None:
+    weight, gradient = _draw(device, 2, 5000) - 0.5
+    values = torch.tensor([0.5, 0.9, 4.0, 1.0], dtype=torch.float32, device=device)
+    lr, momentum, scale, found = values.split(1)
+    numbers = {"weight_decay": 0.1, "eta": 0.5, "max_trust": 9.0, "clip": 0.4}
+    got = [weight.clone(), torch.ones_like(weight)]
+    step = kernels.lars(got[:1], got[1:])
+    step.measure([gradient * scale], scale, found)  # finite: the mark stays as it is
+    step.update(lr, momentum, **numbers, found=found)  # a skipped step
+    step.update(lr, momentum, **numbers)
+    trust = 0.5 * weight.norm() / (gradient.norm() + 0.1 * weight.norm())
+    buffer = 0.9 + (gradient + 0.1 * weight).clamp(-0.4, 0.4)
+    _agree("lars", got[0], weight - 0.5 * trust * buffer, 1e-5)
+    _agree("lars", got[1], buffer, 1e-5)
 
 
 def _draw(device: torch.device, *shape: int) -> Tensor:
@@ -161,7 +164,7 @@ def _draw(device: torch.device, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
-def agree(name: str, got: Tensor, want: Tensor, relative: float = 0.0) -> None:
+def _agree(name: str, got: Tensor, want: Tensor, relative: float = 0.0) -> None:
     """Raise RuntimeError unless two results agree; NaN equals NaN."""
     same = got.shape == want.shape and got.dtype == want.dtype
     if not same or not torch.allclose(got, want, relative, relative, equal_nan=True):

@@ -1,10 +1,11 @@
-"""LARS and LAMB in a few launches and no host sync; every optimizer by its name.
+"""LARS and LAMB without a host sync, and every optimizer by its name.
 
-LARS is You et al. 2017 (arXiv:1708.03888), LAMB is You et al. 2020 (arXiv:1904.00962). M is the
-length of the flat buffers, T the number of parameter tensors.
+LARS is You et al. 2017 (arXiv:1708.03888), LAMB is You et al. 2020 (arXiv:1904.00962).
+T is the number of parameter tensors.
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,27 +13,117 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.train.layerwise import (
-    BLOCK,
-    Foreach,
-    Fused,
-    LayerWise,
-    fraction,
-    not_negative,
-    require,
-)
+from infobatch_fast.kernels.select import triton_kernels
 
 OPTIMIZERS = ("sgd", "adam", "lars", "lamb")
+# Elements of a block of `_Flat`. One coefficient a block keeps the index that spreads the trust
+# ratios at 1/64 of the parameters' size, and each tensor aligned for vector loads.
+BLOCK = 64
 
 
-class LARS(LayerWise):
+class _Layerwise(torch.optim.Optimizer):
+    """What LARS and LAMB share.
+
+    - State is allocated with the parameters, and `load_state_dict` writes into it, into learning
+      rate and momentum, so a captured CUDA graph stays valid. These two may be 0-dim tensors, which
+      may change between replays; all else is fixed at capture.
+    - A parameter whose gradient is None is left out of the step. Keep that set stable.
+    - `found_inf`, an attribute set before `step`, a float32 tensor () or (1,) on the device: where
+      it is not 0 the step leaves parameters and state as they were, whatever the gradients hold.
+
+    Raises ValueError for parameters that are not dense float32, and for a number out of range (a
+    tensor's value is not looked at: that would wait for the device).
+    """
+
+    found_inf: Tensor | None = None
+    _slots: tuple[str, ...] = ()
+
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor, momentum: float | Tensor, **rest: float
+    ):
+        self._forms: dict[int, tuple[list[int], Any]] = {}
+        super().__init__(params, {"lr": lr, "momentum": momentum, **rest})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group as torch does, and allocates its state."""
+        super().add_param_group(param_group)
+        *_, group = self.param_groups
+        for name, value in group.items():
+            if name in self.defaults and not isinstance(value, Tensor):
+                check_number(name, value, below=1 if name in ("momentum", "beta2") else None)
+        for p in group["params"]:
+            if p.dtype != torch.float32 or p.layout != torch.strided:
+                raise ValueError(f"parameters must be dense float32, got {p.dtype}, {p.layout}")
+            if p.requires_grad:
+                for slot in self._slots:
+                    like = p.new_zeros(()) if slot == "step" else torch.zeros_like(p)
+                    self.state[p][slot] = like.detach()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forms = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads into the tensors that are there."""
+        state, groups, forms = self.state, self.param_groups, self._forms
+        super().load_state_dict(state_dict)
+        loaded, loaded_groups = self.state, self.param_groups
+        self.state, self.param_groups, self._forms = state, groups, forms
+        for p, slots in state.items():
+            for slot, value in slots.items():
+                value.copy_(loaded[p][slot])
+        for group, other in zip(groups, loaded_groups, strict=True):
+            for name in group.keys() - {"params"}:
+                mine, value = group[name], other[name]
+                group[name] = mine.copy_(value) if isinstance(mine, Tensor) else value
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step from the gradients; returns what `closure` does, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = []
+        for i, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            if params:
+                ids, form = self._forms.get(i, ([], None))
+                if ids != [id(p) for p in params]:
+                    form = self._form(params)
+                    self._forms[i] = [id(p) for p in params], form
+                work.append((form, group, [p.grad for p in params]))
+        self._take(work)
+        return loss
+
+    def _form(self, params: list[Tensor]) -> Any:
+        """What steps these parameters; kept while they stay the same."""
+        raise NotImplementedError
+
+    def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
+        """Steps by (form, group, gradients)."""
+        raise NotImplementedError
+
+
+class LARS(_Layerwise):
     """Layer-wise adaptive rate scaling, arXiv:1708.03888 algorithm 1, as the InfoBatch runs had it.
 
     For each tensor w with gradient g, all of them, biases and norms too:
     trust = eta |w| / (|g| + weight_decay |w|), 1 where a norm is 0, at most `max_trust`;
-    buffer = momentum * buffer + clamp(g + weight_decay w, -clip, clip); w -= lr * trust * buffer.
+    momentum_buffer = momentum * momentum_buffer + clamp(g + weight_decay w, -clip, clip);
+    w -= lr * trust * momentum_buffer.
+
+    Two more attributes, set before `step`: `grad_scale`, () or (1,), by which the gradients are
+    divided, though not in place; `finds_inf`, whether `step` itself sets `found_inf` to 1 where a
+    gradient, once divided, is not finite, and else to 0: a pass over the gradients less.
+
+    Args:
+        params: as torch's optimizers take them.
+        fused: False takes torch's operations where there are Triton kernels, too.
     """
 
+    finds_inf = False
+    grad_scale: Tensor | None = None
     _slots = ("momentum_buffer",)
 
     def __init__(
@@ -45,59 +136,34 @@ class LARS(LayerWise):
         eta: float = 0.001,
         max_trust: float = 50.0,
         clip: float = 10.0,
-        fused: bool | None = None,
+        fused: bool = True,
     ):
-        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
-        super().__init__(params, {**numbers, "max_trust": max_trust, "clip": clip}, fused)
+        self.fused = fused
+        numbers = {"weight_decay": weight_decay, "eta": eta, "max_trust": max_trust, "clip": clip}
+        super().__init__(params, lr, momentum, **numbers)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        names = ("lr", "weight_decay", "eta", "max_trust", "clip")
-        not_negative(**{name: group[name] for name in names})
-        fraction(momentum=group["momentum"])
+    def _form(self, params: list[Tensor]) -> Any:
+        kernels = triton_kernels(params[0].device) if self.fused else None
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        return _ForeachLars(params, momenta) if kernels is None else kernels.lars(params, momenta)
 
-    def _update(self, bucket: Foreach, group: dict[str, Any], found: Tensor | None) -> None:
-        flat, buffer = bucket.flat, bucket.state["momentum_buffer"]
-        decay = group["weight_decay"]
-        weight, gradient = bucket.norms(bucket.params), bucket.norms(bucket.views)
-        trust = group["eta"] * weight / (gradient + decay * weight)
-        trust.masked_fill_((weight == 0) | (gradient == 0), 1.0).clamp_(0.0, group["max_trust"])
-        step = bucket.scalar(group["lr"]) * trust
-        momentum = bucket.scalar(group["momentum"])
-        torch._foreach_add_(bucket.views, bucket.params, alpha=decay)
-        flat.clamp_(-group["clip"], group["clip"])
-        if found is not None:
-            # Filled, not multiplied: NaN * 0 is NaN. And -0.0, which added changes no bit.
-            flat.masked_fill_(found, -0.0)
-            momentum = momentum.masked_fill(found, 1.0)
-            step = step.masked_fill(found, 0.0)
-        torch.addcmul(flat, buffer, momentum, out=buffer)
-        blocks = flat.view(-1, BLOCK)
-        torch.mul(buffer.view(-1, BLOCK), bucket.spread(step), out=blocks)
-        torch._foreach_sub_(bucket.params, bucket.views)
-
-    def _begin(self, bucket: Fused, mark: Tensor | None) -> None:
-        bucket.kernels.norms(
-            bucket.blocks, bucket.pointers, grad_scale=bucket.scale, found_inf=mark
-        )
-
-    def _launch(self, bucket: Fused, group: dict[str, Any], found: Tensor | None) -> None:
-        bucket.kernels.lars(
-            bucket.blocks,
-            bucket.pointers,
-            bucket.state["momentum_buffer"],
-            bucket.scalar(group["lr"]),
-            bucket.scalar(group["momentum"]),
-            **{name: group[name] for name in ("weight_decay", "eta", "max_trust", "clip")},
-            grad_scale=bucket.scale,
-            found_inf=found,
-        )
+    def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
+        mark = self.found_inf if self.finds_inf else None
+        if mark is not None:
+            mark.zero_()
+        for form, _, grads in work:
+            form.measure(grads, self.grad_scale, mark)
+        for form, group, grads in work:
+            names = ("weight_decay", "eta", "max_trust", "clip")
+            rates = (_scalar(group[name], grads[0].device) for name in ("lr", "momentum"))
+            form.update(*rates, **{name: group[name] for name in names}, found=self.found_inf)
 
 
-class LAMB(LayerWise):
+class LAMB(_Layerwise):
     """Layer-wise adaptive moments, arXiv:1904.00962 algorithm 2, with bias correction.
 
     For each tensor w: u = Adam's direction + weight_decay w; trust = |w| / |u|, 1 where a norm
-    is 0, at most `max_trust`; w -= lr * trust * u. `betas[0]` may be a tensor, `betas[1]` not.
+    is 0, at most `max_trust`; w -= lr * trust * u. Adam's beta1 is `momentum`.
     """
 
     _slots = ("step", "exp_avg", "exp_avg_sq")
@@ -107,76 +173,158 @@ class LAMB(LayerWise):
         params: ParamsT,
         lr: float | Tensor,
         *,
-        betas: tuple[float | Tensor, float] = (0.9, 0.999),
+        momentum: float | Tensor = 0.9,
+        beta2: float = 0.999,
         eps: float = 1e-6,
         weight_decay: float = 5e-4,
         max_trust: float = 10.0,
-        fused: bool | None = None,
     ):
-        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**numbers, "max_trust": max_trust}, fused)
+        numbers = {"beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, lr, momentum, **numbers, max_trust=max_trust)
 
-    def _check(self, group: dict[str, Any]) -> None:
-        not_negative(**{name: group[name] for name in ("lr", "weight_decay", "max_trust")})
-        require("> 0", lambda v: v > 0, eps=group["eps"])
-        fraction(**{f"betas[{i}]": beta for i, beta in enumerate(group["betas"])})
+    def _form(self, params: list[Tensor]) -> Any:
+        return _Flat(params)
 
-    def _update(self, bucket: Foreach, group: dict[str, Any], found: Tensor | None) -> None:
-        flat, count = bucket.flat, bucket.state["step"]
-        mean, square = bucket.state["exp_avg"], bucket.state["exp_avg_sq"]
-        beta1, beta2 = bucket.scalar(group["betas"][0]), bucket.scalar(group["betas"][1])
-        blend, shrink = 1 - beta1, beta2
-        if found is None:
-            count.add_(1.0)
-        else:
-            flat.masked_fill_(found, 0.0)
-            count.add_(~found)
-            blend, shrink = blend.masked_fill(found, 0.0), shrink.masked_fill(found, 1.0)
-        mean.lerp_(flat, blend.to(flat.dtype))
-        square.mul_(shrink).addcmul_(flat, flat, value=1 - group["betas"][1])
+    def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
+        for flat, group, grads in work:
+            slots = ([self.state[p][slot] for p in flat.params] for slot in self._slots)
+            self._step(flat, group, grads, *slots)
 
+    def _step(
+        self,
+        flat: "_Flat",
+        group: dict[str, Any],
+        grads: list[Tensor],
+        steps: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+    ) -> None:
+        beta1, lr = (_scalar(group[name], grads[0].device) for name in ("momentum", "lr"))
+        beta2, decay = group["beta2"], group["weight_decay"]
+        taken = torch.ones_like(lr)
+        if self.found_inf is not None:
+            taken = (self.found_inf.reshape(()) == 0).to(taken)
+        keep1, keep2 = (torch.where(taken != 0, beta, 1.0) for beta in (beta1, beta2))
+        flat.fill(grads, skip=taken == 0)
+        torch._foreach_add_(steps, taken)
+        torch._foreach_mul_(squares, keep2)
+        torch._foreach_addcmul_(squares, flat.views, flat.views, value=1 - beta2)
+        flat.blocks.mul_(1 - beta1)
+        torch._foreach_mul_(means, keep1)
+        torch._foreach_add_(means, flat.views)
         # In float64, since 1 - 0.999 loses four digits of seven. At least one step is counted: a
         # skipped first step would give 0 / 0.
-        steps = count.clamp(min=1.0).double()
-        first, second = (1 - beta.double() ** steps for beta in (beta1, beta2))
-        scale = (first / second.sqrt()).to(bucket.accumulate)
-        offset = (group["eps"] * first).to(bucket.accumulate)
-        blocks = torch.sqrt(square, out=flat).view(-1, BLOCK)
-        torch.addcmul(bucket.spread(offset), blocks, bucket.spread(scale), out=blocks)
-        torch.div(mean, flat, out=flat)
-        torch._foreach_add_(bucket.views, bucket.params, alpha=group["weight_decay"])
-        weight, update = bucket.norms(bucket.params), bucket.norms(bucket.views)
+        count = torch.stack(steps).clamp(min=1.0).double()
+        first, second = 1 - beta1.double() ** count, 1 - beta2**count
+        torch._foreach_copy_(flat.views, squares)
+        flat.blocks.sqrt_().mul_(flat.spread(first / second.sqrt()))
+        flat.blocks.add_(flat.spread(group["eps"] * first)).reciprocal_()
+        torch._foreach_mul_(flat.views, means)
+        torch._foreach_add_(flat.views, flat.params, alpha=decay)
+        weight, update = _norms(flat.params), _norms(flat.views)
         trust = (weight / update).masked_fill_((weight == 0) | (update == 0), 1.0)
-        step = bucket.scalar(group["lr"]) * trust.clamp_(0.0, group["max_trust"])
+        rate = lr * trust.clamp_(max=group["max_trust"])
+        flat.blocks.mul_(flat.spread(rate.masked_fill_(taken == 0, 0.0)))
+        torch._foreach_sub_(flat.params, flat.views)
+
+
+class _Flat:
+    """A flat buffer of whole blocks with a view for each of T parameters.
+
+    What is alike for all elements, and what differs by tensor, is then one launch each. The views
+    have the parameters' own strides, without which torch's multi-tensor operations fall back to one
+    launch a tensor. The padding between them is never read.
+    """
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        counts = [-(-p.numel() // BLOCK) for p in params]
+        self.blocks = torch.zeros(sum(counts), BLOCK, device=params[0].device)
+        owner = torch.repeat_interleave(torch.arange(len(params)), torch.tensor(counts))
+        self._owner = owner.to(self.blocks.device)
+        parts = self.blocks.view(-1).split([BLOCK * count for count in counts])
+        strides = [torch.empty_like(p, device="meta").stride() for p in params]
+        places = zip(parts, params, strides, strict=True)
+        self.views = [part.as_strided(p.shape, stride) for part, p, stride in places]
+
+    def fill(self, grads: list[Tensor], skip: Tensor) -> None:
+        """The gradients, or 0 where they are to be skipped: multiplied, NaN would stay."""
+        torch._foreach_copy_(self.views, grads)
+        self.blocks.masked_fill_(skip, 0.0)
+
+    def spread(self, coefficients: Tensor) -> Tensor:
+        """A coefficient for each tensor (T,) as one for each block, float32."""
+        return coefficients.float().index_select(0, self._owner).unsqueeze(1)
+
+
+class _ForeachLars(_Flat):
+    """`kernels.lars.Lars` by torch's multi-tensor operations."""
+
+    def __init__(self, params: list[Tensor], momenta: list[Tensor]) -> None:
+        super().__init__(params)
+        self.momenta = momenta
+
+    def measure(self, grads: list[Tensor], scale: Tensor | None, found: Tensor | None) -> None:
+        torch._foreach_copy_(self.views, grads)
+        if scale is not None:
+            self.blocks.div_(scale)
         if found is not None:
-            step = step.masked_fill(found, 0.0)
-        blocks.mul_(bucket.spread(step))
-        torch._foreach_sub_(bucket.params, bucket.views)
+            one = torch.ones((), device=found.device)
+            torch._amp_foreach_non_finite_check_and_unscale_(self.views, found, one)
 
-    def _begin(self, bucket: Fused, mark: Tensor | None) -> None:
-        if mark is not None:
-            bucket.kernels.find_nonfinite(
-                bucket.blocks, bucket.pointers, mark, grad_scale=bucket.scale
-            )
+    def update(
+        self,
+        lr: Tensor,
+        momentum: Tensor,
+        *,
+        weight_decay: float,
+        eta: float,
+        max_trust: float,
+        clip: float,
+        found: Tensor | None,
+    ) -> None:
+        weight, gradient = _norms(self.params), _norms(self.views)
+        trust = eta * weight / (gradient + weight_decay * weight)
+        trust.masked_fill_((weight == 0) | (gradient == 0), 1.0).clamp_(max=max_trust)
+        rates = lr * trust
+        torch._foreach_add_(self.views, self.params, alpha=weight_decay)
+        self.blocks.clamp_(-clip, clip)
+        if found is not None:
+            skip = found.reshape(()) != 0
+            # Filled, not multiplied: NaN * 0 is NaN. And -0.0, which added changes no bit.
+            self.blocks.masked_fill_(skip, -0.0)
+            momentum, rates = momentum.masked_fill(skip, 1.0), rates.masked_fill_(skip, 0.0)
+        torch._foreach_mul_(self.momenta, momentum)
+        torch._foreach_add_(self.momenta, self.views)
+        torch._foreach_copy_(self.views, self.momenta)
+        self.blocks.mul_(self.spread(rates))
+        torch._foreach_sub_(self.params, self.views)
 
-    def _launch(self, bucket: Fused, group: dict[str, Any], found: Tensor | None) -> None:
-        bucket.kernels.lamb(
-            bucket.blocks,
-            bucket.pointers,
-            bucket.state["exp_avg"],
-            bucket.state["exp_avg_sq"],
-            bucket.state["step"],
-            bucket.scalar(group["lr"]),
-            bucket.scalar(group["betas"][0]),
-            beta2=group["betas"][1],
-            **{name: group[name] for name in ("eps", "weight_decay", "max_trust")},
-            grad_scale=bucket.scale,
-            found_inf=found,
-        )
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor, (T,)."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
+
+
+def check_number(name: str, value: float, below: float | None = None) -> None:
+    """Raise ValueError unless a number is at least 0, and below a bound if there is one."""
+    if not 0 <= value < (float("inf") if below is None else below):
+        rule = "in [0, 1)" if below else ">= 0 and finite"
+        raise ValueError(f"{name} must be {rule}, got {value}")
 
 
 def make_optimizer(
-    name: str, model: nn.Module, *, lr: float, weight_decay: float, momentum: float = 0.9
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """An optimizer of `OPTIMIZERS` for all of the model's parameters; each honours `found_inf`.
 
@@ -185,19 +333,21 @@ def make_optimizer(
 
     Args:
         name: "sgd" (plain momentum, no Nesterov), "adam", "lars" or "lamb".
-        model: The model.
-        lr: The learning rate.
-        weight_decay: Added to the gradient, by LAMB to the direction.
-        momentum: The momentum; beta1 of Adam and LAMB.
+        model: its parameters' gradients are stepped by.
+        lr: learning rate.
+        weight_decay: added to the gradient, by LAMB to the direction.
+        momentum: beta1 of Adam and LAMB.
+        fused: False takes torch's operations for LARS, to compare them with the kernels.
 
     Raises:
-        UserError: If the name is unknown.
-        ValueError: If a number is out of range.
+        UserError: the name is unknown.
+        ValueError: a number is out of range.
     """
     if name not in OPTIMIZERS:
         raise UserError(unknown_name("optimizer", name, OPTIMIZERS))
-    not_negative(lr=lr, weight_decay=weight_decay)
-    fraction(momentum=momentum)
+    check_number("lr", lr)
+    check_number("weight_decay", weight_decay)
+    check_number("momentum", momentum, below=1)
     params = list(model.parameters())
     if name == "sgd":
         options = {"momentum": momentum, "weight_decay": weight_decay, "fused": True}
@@ -209,28 +359,20 @@ def make_optimizer(
         return sgd
     if name == "adam":
         betas = (momentum, 0.999)
-        adam = torch.optim.Adam(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-        adam.register_step_pre_hook(_scalar_found_inf)
-        return adam
-    device = params[0].device
-    rate, inertia = (torch.full((), v, dtype=torch.float32, device=device) for v in (lr, momentum))
+        return torch.optim.Adam(params, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    rate, inertia = (
+        torch.full((), v, device=params[0].device, dtype=torch.float32) for v in (lr, momentum)
+    )
     if name == "lars":
-        return LARS(params, rate, momentum=inertia, weight_decay=weight_decay)
-    return LAMB(params, rate, betas=(inertia, 0.999), weight_decay=weight_decay)
+        return LARS(params, rate, momentum=inertia, weight_decay=weight_decay, fused=fused)
+    return LAMB(params, rate, momentum=inertia, weight_decay=weight_decay)
 
 
-def _scalar_found_inf(optimizer: Any, args: Any, kwargs: Any) -> None:
-    # torch's Adam takes `found_inf` off its 0-dim step counts, which fails for shape (1,).
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None:
-        optimizer.found_inf = found_inf.reshape(())
-
-
-def nonfinite(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+def nonfinite(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     """Unscales gradients in place and marks whether one is not finite, all on the device.
 
     Args:
-        grads: The gradients, dense.
+        grads: dense.
         found_inf: () or (1,) float32: set to 1 if any element is NaN or inf, else to 0.
         inv_scale: () or (1,) float32, multiplied into the gradients.
     """

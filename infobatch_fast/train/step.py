@@ -19,8 +19,7 @@ from infobatch_fast.infobatch import Batch, InfoBatch
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.telemetry.phases import Phases
-from infobatch_fast.train.layerwise import LayerWise
-from infobatch_fast.train.optim import nonfinite
+from infobatch_fast.train.optim import LARS, nonfinite
 from infobatch_fast.train.schedule import set_schedule
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -129,7 +128,7 @@ class TrainStep:
         loss, losses = self._gradients(images, labels, batch, phases)
         optimizer: Any = self.optimizer
         optimizer.found_inf = self.found_inf
-        if isinstance(optimizer, LayerWise):  # it marks them as it reads them for their norms
+        if isinstance(optimizer, LARS):  # it marks them as it reads them for their norms
             optimizer.finds_inf = True
             optimizer.grad_scale = self.scale if self.scaling else None
         else:
