@@ -145,7 +145,7 @@ def _prove_record(kernels: Kernels, indices: Tensor) -> None:
 def _prove_lars(kernels: Kernels, device: torch.device) -> None:
     weight, gradient = _draw(device, 2, 5000) - 0.5
     values = torch.tensor([0.5, 0.9, 4.0, 1.0], dtype=torch.float32, device=device)
-    lr, momentum, scale, found = values.split(1)
+    lr, momentum, scale, found = values.unbind()
     numbers = {"weight_decay": 0.1, "eta": 0.5, "max_trust": 9.0, "clip": 0.4}
     got = [weight.clone(), torch.ones_like(weight)]
     step = kernels.lars(got[:1], got[1:])

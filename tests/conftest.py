@@ -1,9 +1,13 @@
 """Shared by the tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads once, when it is first imported
 
 # The tensors here are small: a second thread gains nothing, and stalls where cores are shared.
 torch.set_num_threads(1)

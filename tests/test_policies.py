@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from infobatch_fast import Batch, InfoBatch, policies
 from infobatch_fast import infobatch as infobatch_module
 from infobatch_fast.budget import Budget
-from infobatch_fast.kernels import prune_torch, reference
+from infobatch_fast.kernels import reference, twin
 from infobatch_fast.plan import Plan
 from infobatch_fast.policies import POLICIES, Choice, Policy, View
 from infobatch_fast.pruning import UNWEIGHTED
@@ -24,18 +23,12 @@ from infobatch_fast.telemetry.syncs import host_syncs
 CPU = torch.device("cpu")
 
 
-def _update(losses: Tensor, weights: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
-    reference.record(scores, indices, losses)
-    return reference.rescaled_mean(losses, weights)
-
-
 # The kernels' twins in torch, which take the way of a GPU through `InfoBatch`.
 TWINS = SimpleNamespace(
     threshold=reference.threshold,
-    partition=prune_torch.partition,
-    choose=prune_torch.choose,
-    shuffle=prune_torch.shuffle,
-    update=_update,
+    partition=twin.partition,
+    choose=twin.choose,
+    shuffle=twin.shuffle,
     record=reference.record,
 )
 

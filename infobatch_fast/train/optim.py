@@ -54,10 +54,13 @@ class _Layerwise(torch.optim.Optimizer):
         for p in group["params"]:
             if p.dtype != torch.float32 or p.layout != torch.strided:
                 raise ValueError(f"parameters must be dense float32, got {p.dtype}, {p.layout}")
-            if p.requires_grad:
-                for slot in self._slots:
-                    like = p.new_zeros(()) if slot == "step" else torch.zeros_like(p)
-                    self.state[p][slot] = like.detach()
+        params = [p for p in group["params"] if p.requires_grad and p.numel()]
+        for p in params:
+            for slot in self._slots:
+                like = p.new_empty(()) if slot == "step" else p
+                self.state[p][slot] = torch.zeros_like(like, requires_grad=False)
+        if params:
+            self._lay_out(len(self.param_groups) - 1, params)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -88,13 +91,16 @@ class _Layerwise(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             if params:
-                ids, form = self._forms.get(i, ([], None))
-                if ids != [id(p) for p in params]:
-                    form = self._form(params)
-                    self._forms[i] = [id(p) for p in params], form
-                work.append((form, group, [p.grad for p in params]))
+                work.append((self._lay_out(i, params), group, [p.grad for p in params]))
         self._take(work)
         return loss
+
+    def _lay_out(self, i: int, params: list[Tensor]) -> Any:
+        ids, form = self._forms.get(i, ([], None))
+        if ids != [id(p) for p in params]:
+            form = self._form(params)
+            self._forms[i] = [id(p) for p in params], form
+        return form
 
     def _form(self, params: list[Tensor]) -> Any:
         """What steps these parameters; kept while they stay the same."""
@@ -122,7 +128,7 @@ class LARS(_Layerwise):
         fused: False takes torch's operations where there are Triton kernels, too.
     """
 
-    finds_inf = False
+    finds_inf, fused = False, True
     grad_scale: Tensor | None = None
     _slots = ("momentum_buffer",)
 
@@ -206,7 +212,7 @@ class LAMB(_Layerwise):
             taken = (self.found_inf.reshape(()) == 0).to(taken)
         keep1, keep2 = (torch.where(taken != 0, beta, 1.0) for beta in (beta1, beta2))
         flat.fill(grads, skip=taken == 0)
-        torch._foreach_add_(steps, taken)
+        torch._foreach_add_(steps, [taken] * len(steps))
         torch._foreach_mul_(squares, keep2)
         torch._foreach_addcmul_(squares, flat.views, flat.views, value=1 - beta2)
         flat.blocks.mul_(1 - beta1)
