@@ -149,9 +149,9 @@ def _prove_lars(kernels: Kernels, device: torch.device) -> None:
     numbers = {"weight_decay": 0.1, "eta": 0.5, "max_trust": 9.0, "clip": 0.4}
     got = [weight.clone(), torch.ones_like(weight)]
     step = kernels.lars(got[:1], got[1:])
-    step.measure([gradient * scale], scale, found)  # finite: the mark stays as it is
-    step.update(lr, momentum, **numbers, found=found)  # a skipped step
-    step.update(lr, momentum, **numbers)
+    for skipped in (found, None):
+        step.measure([gradient * scale], scale, found)  # finite: the mark stays as it is
+        step.update(lr, momentum, **numbers, found=skipped)
     trust = 0.5 * weight.norm() / (gradient.norm() + 0.1 * weight.norm())
     buffer = 0.9 + (gradient + 0.1 * weight).clamp(-0.4, 0.4)
     _agree("lars", got[0], weight - 0.5 * trust * buffer, 1e-5)

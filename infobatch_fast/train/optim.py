@@ -270,7 +270,9 @@ class _ForeachLars(_Flat):
         super().__init__(params)
         self.momenta = momenta
 
-    def measure(self, grads: list[Tensor], scale: Tensor | None, found: Tensor | None) -> None:
+    def measure(
+        self, grads: list[Tensor], scale: Tensor | None = None, found: Tensor | None = None
+    ) -> None:
         torch._foreach_copy_(self.views, grads)
         if scale is not None:
             self.blocks.div_(scale)
@@ -287,7 +289,7 @@ class _ForeachLars(_Flat):
         eta: float,
         max_trust: float,
         clip: float,
-        found: Tensor | None,
+        found: Tensor | None = None,
     ) -> None:
         weight, gradient = _norms(self.params), _norms(self.views)
         trust = eta * weight / (gradient + weight_decay * weight)
