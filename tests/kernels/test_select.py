@@ -59,6 +59,7 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "triton_kernels", lambda device: TWINS)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, which interprets
 def test_torch_and_the_interpreted_kernels_prove_themselves() -> None:
     select.prove(TWINS, CPU)
     select.prove(select.load(), CPU)
