@@ -29,7 +29,7 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 from tqdm import tqdm
 
 from infobatch_fast.errors import UserError, reason
@@ -393,9 +393,9 @@ class Bench:
         target = torch.empty_like(source)
         self._limit("copy", "copy", "B/s", 2 * size, lambda: target.copy_(source))
         for dtype in dtypes:
-            name, n = str(dtype).removeprefix("torch."), 8192 if cuda else 1024
+            name, n = str(dtype).removeprefix("torch."), 8192 if cuda else 512
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
-            images = torch.randn(512 if cuda else 32, 256, 16, 16, device=self.device).to(dtype)
+            images = torch.randn(512 if cuda else 8, 256, 16, 16, device=self.device).to(dtype)
             images = images.contiguous(memory_format=torch.channels_last)
             weight = torch.randn(256, 256, 3, 3, device=self.device).to(dtype)
             weight = weight.contiguous(memory_format=torch.channels_last)
@@ -655,7 +655,9 @@ def _draw_curves(axis: Axes, rows: Sequence[Line]) -> None:
         low, middle, high = ([getattr(row, k) for row in mine] for k in ("p20", "median", "p80"))
         axis.plot(x, middle, color=colour, marker=marker, label=side)
         axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.set(xscale="log", yscale="log", xlabel="samples N")
+    axis.set(xscale="log", yscale="log")
+    axis.set_xlabel("samples N", fontsize=8)
+    axis.tick_params(labelsize=8)
     _unit(axis.yaxis, rows[0].unit)
     axis.grid(which="major", alpha=0.3)
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -693,13 +695,18 @@ def _draw_points(axis: Axes, rows: Sequence[Line]) -> None:
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
     _unit(axis.xaxis, rows[0].unit)
-    axis.set_xlabel(words({key: rows[0].case[key] for key in same}), fontsize=8)
+    constant = words({key: rows[0].case[key] for key in same}, ())
+    axis.set_xlabel("; ".join(filter(None, (constant, rows[0].unit))), fontsize=8)
 
 
 def _unit(axis: Any, unit: str | None) -> None:
-    axis.set_major_formatter(EngFormatter(unit or "", sep=" "))
-    axis.set_tick_params(which="major", labelsize=8)
+    small = unit == "images/s"  # which takes no "k" or "M"
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}") if small else EngFormatter(unit or ""))
     axis.set_minor_formatter(NullFormatter())
+    axis.set_tick_params(which="major", labelsize=8)
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def _finite(value: Any) -> Any:

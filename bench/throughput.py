@@ -31,7 +31,8 @@ from infobatch_fast.errors import UserError
 from infobatch_fast.plan import Plan
 
 TITLES = {
-    "training": "Training, alone and fed by our loader (TFLOP/s, % of arithmetic, of copying*)",
+    "training": "Training, alone and fed by our loader (TFLOP/s; % of arithmetic; % of copying what an "
+    "eager step moves, of which a fused one moves less)",
     "loaders": "Loaders, whole passes (% of copying)",
 }
 Model = Literal["small", "r18", "r34", "r50", "r101"]
