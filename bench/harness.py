@@ -695,8 +695,10 @@ def _draw_points(axis: Axes, rows: Sequence[Line]) -> None:
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
     _unit(axis.xaxis, rows[0].unit)
-    constant = words({key: rows[0].case[key] for key in same}, ())
-    axis.set_xlabel("; ".join(filter(None, (constant, rows[0].unit))), fontsize=8)
+    label = words({key: rows[0].case[key] for key in same}, ())
+    if rows[0].unit != "s":
+        label = f"{rows[0].unit}; {label}"
+    axis.set_xlabel(label, fontsize=8)
 
 
 def _unit(axis: Any, unit: str | None) -> None:

@@ -31,8 +31,8 @@ from infobatch_fast.errors import UserError
 from infobatch_fast.plan import Plan
 
 TITLES = {
-    "training": "Training, alone and fed by our loader (TFLOP/s; % of arithmetic; % of copying what an "
-    "eager step moves, of which a fused one moves less)",
+    "training": "Training, alone and fed (TFLOP/s, % of arithmetic, % of copying what "
+    "an eager step moves)",
     "loaders": "Loaders, whole passes (% of copying)",
 }
 Model = Literal["small", "r18", "r34", "r50", "r101"]
