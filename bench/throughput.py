@@ -101,7 +101,7 @@ class Throughput(Options):
 
 def measure(bench: Bench, options: Throughput) -> None:
     """Limits, training and loaders."""
-    data = load_data(options.seed)
+    data = load_data(options.seed).part(0.04 if options.quick else 1)
     bench.options |= {"data": data.name, "source": data.source}
     forms: dict[str, Form] = {name: FORMS[name] for name in options.forms}
     for switch, change in SWITCHES.items():
