@@ -1,7 +1,4 @@
-"""Where an epoch's time goes, measured without making the host wait.
-
-Host syncs are watched by `syncs.py`, the card itself by `nvml.py`.
-"""
+"""Where an epoch's time goes, measured without making the host wait; and how scores lie."""
 
 import math
 import time
@@ -12,20 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-from infobatch_fast.telemetry.nvml import Nvml
-from infobatch_fast.telemetry.syncs import HostSync, HostSyncs, host_syncs, trace_syncs
-
-__all__ = [
-    "HostSync",
-    "HostSyncs",
-    "Nvml",
-    "Phases",
-    "host_syncs",
-    "peak_memory",
-    "score_histogram",
-    "trace_syncs",
-]
 
 ItemT = TypeVar("ItemT")
 

@@ -19,7 +19,7 @@ from infobatch_fast.data.cifar import DataMissing, default_data_dir, load_cifar
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.errors import UserError, reason
-from infobatch_fast.telemetry.phases import HostSync
+from infobatch_fast.telemetry.syncs import HostSync
 from infobatch_fast.train import config, console, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupts, Say, command, complain

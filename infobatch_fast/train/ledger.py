@@ -19,7 +19,9 @@ from torch import Tensor
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.plan import Plan
-from infobatch_fast.telemetry.phases import PHASES, PRUNING, HostSyncs, Nvml, peak_memory
+from infobatch_fast.telemetry.nvml import Nvml
+from infobatch_fast.telemetry.phases import PHASES, PRUNING, peak_memory
+from infobatch_fast.telemetry.syncs import HostSyncs
 from infobatch_fast.train import config, folder, records
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.records import EpochLine, Summary

@@ -15,7 +15,9 @@ from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.data.loader import make_loader
 from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.telemetry.phases import HostSyncs, Nvml, Phases, host_syncs, score_histogram
+from infobatch_fast.telemetry.nvml import Nvml
+from infobatch_fast.telemetry.phases import Phases, score_histogram
+from infobatch_fast.telemetry.syncs import HostSyncs, host_syncs
 from infobatch_fast.train import console
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Interrupts, Say

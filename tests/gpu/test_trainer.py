@@ -17,7 +17,8 @@ from infobatch_fast.telemetry.syncs import host_syncs, trace_syncs
 from infobatch_fast.train import main
 from infobatch_fast.train.records import CHECKPOINT, EPOCHS, SUMMARY, WEIGHTS
 
-TINY = "--preset quick --model small --dataset synthetic --batch-size 50 --max-lr 0.2"
+SYNTHETIC = "--dataset synthetic --synthetic-samples"
+TINY = f"--preset quick --model small --batch-size 50 --max-lr 0.2 --amp off {SYNTHETIC} 500"
 
 
 def train(folder: Path, words: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -30,8 +31,8 @@ def train(folder: Path, words: str) -> tuple[dict[str, Any], list[dict[str, Any]
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dali", "torch"])
 def test_a_run_forbids_host_syncs_from_its_first_step_on_cuda(kind: str, tmp_path: Path) -> None:
-    words = "--device cuda --preset paper --dataset synthetic --synthetic-samples 2000 --epochs 3"
-    train(tmp_path / "run", f"{words} --no-compile --host-syncs forbid --loader {kind}")
+    words = "--device cuda --preset paper --model r18 --no-compile --host-syncs forbid --epochs 3"
+    train(tmp_path / "run", f"{words} {SYNTHETIC} 2000 --loader {kind}")
 
 
 @pytest.mark.parametrize(
@@ -70,12 +71,13 @@ def test_one_sync_an_epoch_and_none_in_its_steps(device: str, kind: str) -> None
         assert trace_syncs(lambda: infobatch.sample(3, 16)).total() == 1
 
 
+@pytest.mark.usefixtures("like_for_like")  # so that both draw the same second epoch
 @pytest.mark.parametrize("device", ON)
 def test_a_stopped_run_goes_on_as_the_one_that_was_not(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Eager, since no optimizer is called in a replay. The first epoch is full, the second pruned.
-    words = f"{TINY} --device {device} --synthetic-samples 500 --epochs 2 --delta 1.0 --amp off"
+    words = f"{TINY} --device {device} --epochs 2 --delta 1.0"
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     train(undisturbed, words)
     done = 0
@@ -98,7 +100,7 @@ def test_a_stopped_run_goes_on_as_the_one_that_was_not(
         state = torch.load(folder / CHECKPOINT, weights_only=True)["step"]
         scores = state["infobatch"]["scores"].cpu()
         runs.append({**torch.load(folder / WEIGHTS, weights_only=True), "scores": scores})
-    # On a card cuDNN may take another algorithm in the other process, and some add in any order.
+    # On a card cuDNN may take another algorithm in the other run, and some add in any order.
     limit = 1e-3 if device == "cuda" else 0.0
     assert runs[0].keys() == runs[1].keys()
     for name, want in runs[0].items():
@@ -108,7 +110,7 @@ def test_a_stopped_run_goes_on_as_the_one_that_was_not(
 
 @pytest.mark.gpu
 def test_the_paper_preset_runs_as_it_says_and_start_up_is_apart(tmp_path: Path) -> None:
-    words = "--preset paper --dataset synthetic --synthetic-samples 4000 --epochs 4"
+    words = f"--preset paper --model r18 --epochs 4 {SYNTHETIC} 4000"
     summary, lines = train(tmp_path / "run", words)
     forms = {name: summary[name] for name in ("compiled", "captured", "by_kernels", "loader")}
     assert forms == {"compiled": True, "captured": True, "by_kernels": True, "loader": "DaliLoader"}
