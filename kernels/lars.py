@@ -59,7 +59,7 @@ class Lars:
         self.rates = torch.zeros(len(sizes), dtype=torch.float32, device=device)
         values = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float32, device=device)
         self.zero, self.one, self.unread = values.split(1)
-        self.aligned, self._copies = True, []
+        self._alive: list[Tensor] = []  # the gradients, until the step is launched
         self._held = _Addresses(2 * len(sizes), device)
         self._grads = _Addresses(len(sizes), device)
         self._point(self.params)  # now: a capture then needs no filling
@@ -131,6 +131,7 @@ class Lars:
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
+        self._alive = []
         # As torch's own operations do: autograd then sees what was changed in place.
         torch.autograd.graph.increment_version([*self.params, *self.momenta])
 
@@ -140,14 +141,13 @@ class Lars:
         In a captured graph the gradients' addresses are written by each replay, to memory of the
         graph's own: several graphs and eager steps do not disturb each other.
         """
-        grads, self._copies = list(grads), []
+        grads = list(grads)
         for i, (p, m, g) in enumerate(zip(self.params, self.momenta, grads, strict=True)):
             if p.stride() != m.stride():
                 raise ValueError(f"params[{i}] must be {m.stride()} in memory, got {p.stride()}")
             alike = g.dtype == torch.float32 and g.device == self.device and not g.is_neg()
             if g.shape != p.shape or not (alike and _same_order(p.shape, g.stride(), p.stride())):
                 grads[i] = torch.empty_like(p, requires_grad=False).copy_(g)
-                self._copies.append(grads[i])  # alive until the step is launched
         held = [tensor.data_ptr() for tensor in (*self.params, *self.momenta)]
         places = [g.data_ptr() for g in grads]
         self.aligned = not any(place % 16 for place in (*held, *places))
@@ -156,6 +156,7 @@ class Lars:
             # Not the kept table: an eager step may write that anew between two replays.
             table = _Addresses(len(grads), self.device)
         self.grads, self.held = table.of(places), self._held.of(held)
+        self._alive = grads
 
 
 class _Addresses:

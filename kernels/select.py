@@ -150,7 +150,7 @@ def _prove_lars(kernels: Kernels, device: torch.device) -> None:
     got = [weight.clone(), torch.ones_like(weight)]
     step = kernels.lars(got[:1], got[1:])
     for skipped in (found, None):
-        step.measure([gradient * scale], scale, found)  # finite: the mark stays as it is
+        step.measure([gradient * scale], scale)
         step.update(lr, momentum, **numbers, found=skipped)
     trust = 0.5 * weight.norm() / (gradient.norm() + 0.1 * weight.norm())
     buffer = 0.9 + (gradient + 0.1 * weight).clamp(-0.4, 0.4)
