@@ -1,7 +1,6 @@
 """The loader as a DALI pipeline, which makes the next batch while one is trained on."""
 
 import weakref
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -11,20 +10,18 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 from torch import Tensor
 
-from infobatch_fast.data.loader import BatchT, EpochPlan, Loader
+from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader
 
 PREFETCH = 2  # batches in flight, the one in use included
 THREADS = 2  # on a GPU they hand arguments over and no more
 
 
 class DaliLoader(Loader):
-    """The loader as a DALI pipeline: the batches of `TorchLoader`.
+    """The batches of `TorchLoader`, by a DALI pipeline.
 
     The pipeline serves one iteration at a time: a new one ends the one before, which raises
-    RuntimeError when it is asked for more. Batches already out stay valid.
-
-    Between epochs nothing of it waits to be released, so that a CUDA graph can be captured: see
-    `_batches`.
+    RuntimeError when it is asked for more. Batches already out stay valid. Between epochs nothing
+    of it waits to be released (see `_batches`), so that a CUDA graph can be captured.
     """
 
     def __post_init__(self, images: Tensor) -> None:
@@ -76,9 +73,7 @@ class DaliLoader(Loader):
             self._pipeline.set_outputs(images_out)
         self._pipeline.build()
 
-    def _batches(
-        self, plan: EpochPlan[BatchT], first: int
-    ) -> Iterator[tuple[Tensor, Tensor, BatchT]]:
+    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
         self._serving = mine = object()
         self._drain()
         self._start(plan, first)

@@ -18,6 +18,7 @@ CHANNELS = 3
 
 BatchT = TypeVar("BatchT")
 BatchT_co = TypeVar("BatchT_co", covariant=True)
+Batches = Iterator[tuple[Tensor, Tensor, BatchT]]
 
 
 class EpochPlan(Protocol[BatchT_co]):
@@ -52,12 +53,12 @@ class Epoch(Generic[BatchT]):
     """
 
     _length: int
-    _iterate: Callable[[], Iterator[tuple[Tensor, Tensor, BatchT]]]
+    _iterate: Callable[[], Batches[BatchT]]
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, BatchT]]:
+    def __iter__(self) -> Batches[BatchT]:
         return self._iterate()
 
 
@@ -138,9 +139,7 @@ class Loader:
         batches = -(-len(plan) // self.batch_size) - start_batch
         return Epoch(batches, lambda: self._batches(plan, first))
 
-    def _batches(
-        self, plan: EpochPlan[BatchT], first: int
-    ) -> Iterator[tuple[Tensor, Tensor, BatchT]]:
+    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
         raise NotImplementedError
 
     def _spans(self, plan: EpochPlan[Any], first: int) -> Iterator[tuple[int, int]]:
@@ -170,9 +169,7 @@ class TorchLoader(Loader):
         )
         self._normalisation = mean, 1 / std
 
-    def _batches(
-        self, plan: EpochPlan[BatchT], first: int
-    ) -> Iterator[tuple[Tensor, Tensor, BatchT]]:
+    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
         mean, scale = self._normalisation
         # A view of every crop there is: one gather takes sample, row and column at once.
         n, line, pixel, channel = self._padded.stride()
@@ -196,14 +193,7 @@ class TorchLoader(Loader):
 def make_loader(
     kind: str, images: Tensor, labels: Tensor, batch_size: int, **options: Any
 ) -> tuple[Loader, str | None]:
-    """A loader by name: auto is DALI where it works, else torch.
-
-    Args:
-        kind: one of `KINDS`.
-        images: of `Loader`, and so are the rest.
-        labels: the same.
-        batch_size: the same.
-        options: the same.
+    """A loader by name, with the arguments of `Loader`: auto is DALI where it works, else torch.
 
     Returns:
         The loader; and where auto is torch, one line that says why, else None.

@@ -31,38 +31,17 @@ def make_synthetic(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Dataset:
-    """Images of smooth class patterns, some clear and some not: a task on which pruning can work.
+    """Images of smooth class patterns, some clear and some not, of N/C samples a class.
 
     An image is one of its class's patterns, shifted, at some contrast, plus a smooth random
-    pattern and pixel noise. Easy samples carry little of both, hard ones much, and part of
-    another class's pattern besides; the rest lie between. Every number comes from `seed` through
-    generators of its own. The test set depends on the seed, `num_classes` and the shares, not on
-    `num_samples`. A CPU and a GPU give different images.
-
-    Args:
-        num_samples: N, at least 1.
-        num_test: M, at least 1.
-        num_classes: C, at least 2; each class gets N/C samples, rounded up or down.
-        easy: The share of easy samples.
-        hard: The share of hard samples.
-        seed: Any integer.
-        device: Where the images are made and stay.
+    pattern and pixel noise. A share of the samples, `easy`, carries little of both; another,
+    `hard`, much, and part of another class's pattern besides; the rest lie between. Every number
+    comes from `seed` through generators of its own. The test set depends on the seed,
+    `num_classes` and the shares, not on `num_samples`. A CPU and a GPU give different images.
 
     Raises:
-        UserError: an argument out of its range, or more images than `device` has memory for.
+        UserError: more images than `device` has memory for.
     """
-    for name, count, least in (
-        ("synthetic_samples", num_samples, 1),
-        ("synthetic_test", num_test, 1),
-        ("synthetic_classes", num_classes, 2),
-    ):
-        if not isinstance(count, int) or count < least:
-            raise UserError(f"{name} must be an integer >= {least}, got {count}")
-    for name, share in (("synthetic_easy", easy), ("synthetic_hard", hard)):
-        if not 0 <= share <= 1:
-            raise UserError(f"{name} must be in [0, 1], got {share}")
-    if easy + hard > 1 + 1e-9:  # 1e-9: shares such as 0.9 and 0.1 need not add up in binary
-        raise UserError(f"synthetic_easy + synthetic_hard must be at most 1, got {easy} + {hard}")
     size = (num_classes, _VARIANTS, 3, _WAVES, _WAVES)
     generator = _generator(seed, "patterns", device)
     patterns = torch.randn(size, generator=generator, device=device)

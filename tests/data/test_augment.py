@@ -39,23 +39,20 @@ def test_augmentation_does_not_depend_on_where_it_starts():
     assert [values.numel() for values in augmentation(5, 2, 7, 7, 4, "cpu")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_augmentation_is_uniform(seed):
-    y, x, flip = augmentation(seed, seed % 3, 0, 162 * 1000, 4, "cpu")
-    cells = torch.bincount((y * 9 + x) * 2 + flip, minlength=162)
-    assert len(cells) == 162
-    assert chisquare(cells.numpy()).pvalue > 1e-4
-
-
-def test_augmentation_is_uniform_over_seeds_and_epochs():
-    draws = {
-        "seeds": [reference_augmentation(i, 0, 0, 4) for i in range(40_000)],
-        "epochs": [reference_augmentation(0, i, 17, 4) for i in range(40_000)],
-    }
-    for values in draws.values():
-        counts = Counter(values)
-        assert len(counts) == 162
-        assert chisquare(list(counts.values())).pvalue > 1e-4
+@pytest.mark.parametrize("over", ["positions", "seeds", "epochs"])
+def test_augmentation_is_uniform(over):
+    if over == "positions":
+        draws = list(
+            zip(*(v.tolist() for v in augmentation(3, 2, 0, 40_000, 4, "cpu")), strict=True)
+        )
+    else:
+        draws = [
+            reference_augmentation(*((i, 0) if over == "seeds" else (0, i)), 17, 4)
+            for i in range(40_000)
+        ]
+    counts = Counter(draws)
+    assert len(counts) == 162
+    assert chisquare(list(counts.values())).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("step", ["position", "epoch", "seed"])

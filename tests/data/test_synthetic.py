@@ -52,9 +52,9 @@ def test_order_and_range_of_pixels() -> None:
     assert ((got.images == 0) | (got.images == 255)).float().mean().item() < 0.1
 
 
-@pytest.mark.parametrize(("easy", "hard"), [(0.5, 0.1), (0.0, 0.0), (0.3, 0.7), (0.9, 0.1)])
+@pytest.mark.parametrize(("easy", "hard"), [(0.5, 0.1), (0.0, 0.0), (0.3, 0.7)])
 def test_shares(easy: float, hard: float) -> None:
-    n = 4000
+    n = 2000
     images = make_synthetic(n, 1, easy=easy, hard=hard).images.float()
     # Second differences leave little of the smooth patterns: the noise tells the level.
     rough = (images[:, 2:] - 2 * images[:, 1:-1] + images[:, :-2]).std((1, 2, 3)) / 6**0.5 / 64
@@ -67,7 +67,7 @@ def test_shares(easy: float, hard: float) -> None:
 
 def test_easy_ones_can_be_learned_and_hard_ones_hardly() -> None:
     def nearest_neighbour(easy: float, hard: float) -> float:
-        got = make_synthetic(8000, 400, easy=easy, hard=hard)
+        got = make_synthetic(8000, 200, easy=easy, hard=hard)
         train, test = (
             torch.nn.functional.avg_pool2d(i.permute(0, 3, 1, 2).float(), 4).flatten(1)
             for i in (got.images, got.test_images)
@@ -81,19 +81,6 @@ def test_easy_ones_can_be_learned_and_hard_ones_hardly() -> None:
     assert unclear < 0.5
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "got"),
-    [
-        ("easy", 1.5, "1.5"),
-        ("easy", float("nan"), "nan"),
-        ("hard", -0.1, "-0.1"),
-        ("hard", 0.7, "0.5"),
-        ("num_samples", 0, "0"),
-        ("num_test", 0, "0"),
-        ("num_classes", 1, "1"),
-        ("num_samples", 10**15, "1000"),
-    ],
-)
-def test_wrong_arguments(name: str, value: float, got: str) -> None:
-    with pytest.raises(UserError, match=f"synthetic_{name.removeprefix('num_')}.* got {got}"):
-        make_synthetic(**{name: value})  # pyright: ignore[reportArgumentType]
+def test_more_than_memory_holds() -> None:
+    with pytest.raises(UserError, match=r"^synthetic_samples must fit into .* got 10{15} samples"):
+        make_synthetic(10**15)
