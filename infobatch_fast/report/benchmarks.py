@@ -3,7 +3,6 @@
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 from infobatch_fast.report import text as tables
@@ -20,20 +19,22 @@ _TIMES = {"s": 1.0, "ms": 1e3, "us": 1e6}  # in a second
 
 
 def benchmark_tables(benchmarks: Sequence[Benchmark]) -> list[Block]:
-    """A table for each part, with what it was measured on."""
+    """A table for each part, beneath what it was measured on."""
     blocks: list[Block] = []
     for benchmark in benchmarks:
-        for _, group in groupby(benchmark.lines, _part):
-            lines = [*group]
+        calls: dict[str, dict[str, list[Line]]] = {}
+        for line in benchmark.lines:
+            of = (line.benchmark, line.quick, line.source_hash, line.device, line.options)
+            call = calls.setdefault(json.dumps(of, sort_keys=True), {})
+            call.setdefault(line.part, []).append(line)
+        for parts in calls.values():
+            lines = [line for part in parts.values() for line in part]
             marks = "; ".join(_marks(benchmark, lines))
-            title = f"{lines[0].benchmark}: {lines[0].part}" + f" ({marks})" * bool(marks)
-            blocks += [Heading(title, 3), _table(lines), Text(_about(benchmark, lines), "aside")]
+            title = f"{lines[0].benchmark}, {benchmark.name}" + f" ({marks})" * bool(marks)
+            blocks += [Heading(title, 3), Text(_about(lines), "aside")]
+            for part, of_part in parts.items():
+                blocks += [Heading(f"{lines[0].benchmark}: {part}", 4), _table(of_part)]
     return blocks
-
-
-def _part(line: Line) -> str:
-    of = (line.benchmark, line.part, line.quick, line.source_hash, line.device, line.options)
-    return json.dumps(of, sort_keys=True)
 
 
 def _marks(benchmark: Benchmark, lines: Sequence[Line]) -> Iterator[str]:
@@ -51,16 +52,15 @@ def _marks(benchmark: Benchmark, lines: Sequence[Line]) -> Iterator[str]:
         yield f"BUSY MACHINE: load average {tables.figures(load)} on {cores} cores"
 
 
-def _about(benchmark: Benchmark, lines: Sequence[Line]) -> str:
+def _about(lines: Sequence[Line]) -> str:
     first = lines[0]
-    about = [
-        f"{benchmark.name}, started {first.started} on {device_of(first.device)}",
-        f"commit {str(first.commit)[:8]}, source {first.source_hash[:8]}",
-        ", ".join(f"{name} {_setting(value)}" for name, value in first.options.items()),
-    ]
+    options = ", ".join(f"{name} {_setting(value)}" for name, value in first.options.items())
     low = any(name.split("_")[0] == "low" for line in lines for name in line.more)
     interval = " Low to high: the 95% interval of the median of paired differences." * low
-    return f"Median [20th, 80th percentile]; {'; '.join(about)}.{interval}"
+    return (
+        f"Median [20th, 80th percentile]; started {first.started} on {device_of(first.device)}; "
+        f"commit {str(first.commit)[:8]}, source {first.source_hash[:8]}; {options}.{interval}"
+    )
 
 
 def _table(lines: Sequence[Line]) -> Table:

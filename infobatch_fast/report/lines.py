@@ -1,11 +1,13 @@
-"""A benchmark's line: what writes it and what reads it share this shape."""
+"""A benchmark's line, which what writes it and what reads it share, and files of lines."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.train.records import parse, read_object
+
+LineT = TypeVar("LineT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +53,25 @@ class Line:
     device: dict[str, Any]
 
 
-def read_lines(path: Path) -> list[Line]:
-    """The lines of a benchmark's file.
+def read_lines(path: Path, kind: type[LineT]) -> tuple[list[LineT], list[str]]:
+    """The lines of a file that can be read, and what is wrong with others.
+
+    A last line without an end was being written when the process was killed: it is none.
 
     Raises:
-        UserError: the file cannot be read, or a line is none of a benchmark's.
+        UserError: the file cannot be read.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path.name} must be a regular file, got none")
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
-    return [
-        parse(Line, read_object(row, where), where)
-        for number, row in enumerate(text.splitlines(), 1)
-        for where in [f"line {number} of {path}"]
-    ]
+        rows = path.read_text(errors="backslashreplace").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path.name}: {reason(error)}") from None
+    lines, problems = [], []
+    for number, row in enumerate(rows, 1):
+        where = f"line {number} of {path.name}"
+        try:
+            lines += [parse(kind, read_object(row, where), where)] if row else []
+        except UserError as error:
+            problems += [str(error)] if number < len(rows) else []
+    return lines, problems

@@ -19,7 +19,7 @@ _LONG = 48  # characters; a longer cell is wrapped
 
 
 class Heading(NamedTuple):
-    """A heading of level 1, 2 or 3."""
+    """A heading of level 1 to 4."""
 
     text: str
     level: int

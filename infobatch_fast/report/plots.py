@@ -24,8 +24,8 @@ from infobatch_fast.report.runs import Run, Section
 from infobatch_fast.report.text import counted
 
 _TEXT = "#010203"  # stands for the page's text colour until `_svg`
-# Of Okabe and Ito, and more that are seen on white and on black; line styles tell apart as well.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c7ae6", _TEXT]
+# Near those of Okabe and Ito, all seen on white and on black; line styles tell apart as well.
+_COLOURS = ["#2F8FD6", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c7ae6", _TEXT]
 STYLE: dict[Any, Any] = {
     "axes.prop_cycle": cycler(linestyle=["-", "--", "-."]) * cycler(color=_COLOURS),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _TEXT),
@@ -80,18 +80,23 @@ def _inside(grouped: dict[str, list[Run]]) -> list[Block]:
         if of and of[0].pruning != FULL:
             firsts[label] = of[0]
     blocks: list[Block] = []
+    problems: list[str] = []
     for label, run in [*firsts.items()][:_MOST_INSIDE]:
-        found, problems = arrays(run)
-        blocks += [Heading(f"{label}, run {run.name}", 3), *(Text(why) for why in problems)]
-        _histogram(run, blocks)
+        found, bad = arrays(run)
+        problems += bad
+        _histogram(run, label, blocks)
         if found.keys() >= {"kept", "labels"}:
-            _classes(run, found, blocks)
+            _classes(run, label, found, blocks)
         if found.keys() >= {"kept", "labels", "pictured"}:
-            _pictures(run, found, blocks)
-    if len(firsts) > _MOST_INSIDE:
-        left = counted(len(firsts) - _MOST_INSIDE, "further training")
-        blocks.append(Text(f"Left out are the samples of {left}: name fewer runs.", "aside"))
-    return [Heading("What pruning did to the samples", 2), *blocks] if blocks else []
+            _pictures(run, label, found, blocks)
+    if not blocks:
+        return []
+    told = ", ".join(run.name for run in [*firsts.values()][:_MOST_INSIDE])
+    left = len(firsts) - _MOST_INSIDE
+    about = f"By the first run of each training: {told}."
+    about += f" Left out: {counted(left, 'further training')}; name fewer runs." * (left > 0)
+    texts = [Text(about, "aside"), *map(Text, problems)]
+    return [Heading("What pruning did to the samples", 2), *texts, *blocks]
 
 
 def _history(runs: Sequence[Run]) -> pd.DataFrame:
@@ -177,13 +182,13 @@ def _phases(grouped: dict[str, list[Run]], blocks: list[Block]) -> None:
             _legend(axes)
 
 
-def _histogram(run: Run, blocks: list[Block]) -> None:
+def _histogram(run: Run, label: str, blocks: list[Block]) -> None:
     known = [line for line in run.epochs if line.score_histogram]
     if not known:
         return
     picked = [known[i] for i in sorted({0, len(known) // 3, 2 * len(known) // 3, len(known) - 1})]
     about = f"Score ({run.config.get('score', 'loss')}) of all samples that have one."
-    with _figure("Scores", about, blocks) as figure:
+    with _figure(f"Scores: {label}", about, blocks) as figure:
         axes = figure.add_subplot(xlabel="score", ylabel="samples (%)", xscale="log")
         reach: list[float] = []
         for line in picked:
@@ -204,7 +209,7 @@ def _histogram(run: Run, blocks: list[Block]) -> None:
         _legend(axes)
 
 
-def _classes(run: Run, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
+def _classes(run: Run, label: str, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
     epochs = len(run.epochs)
     frame = pd.DataFrame({"label": found["labels"], "out": 100 * (1 - found["kept"] / epochs)})
     shares = frame.groupby("label")["out"].mean().sort_values(ascending=False)
@@ -213,13 +218,13 @@ def _classes(run: Run, found: dict[str, np.ndarray], blocks: list[Block]) -> Non
         half = _MOST_CLASSES // 2
         about += f" The {half} classes at either end of {len(shares)}."
         shares = pd.concat([shares.head(half), shares.tail(half)])
-    with _figure("Left out by class", about, blocks, 0.8 + 0.22 * len(shares)) as figure:
+    with _figure(f"Left out by class: {label}", about, blocks, 0.8 + 0.22 * len(shares)) as figure:
         axes = figure.add_subplot(xlabel="left out (%)")
-        _bars(axes, shares.rename(lambda label: _class(run, label)).to_frame())
+        _bars(axes, shares.rename(lambda number: _class(run, number)).to_frame())
         axes.axvline(100 * (run.saved_share or 0.0), color=_TEXT, linestyle=":")
 
 
-def _pictures(run: Run, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
+def _pictures(run: Run, label: str, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
     half = len(found["pictured"]) // 2
     for title, part in (
         ("Kept least", slice(0, min(half, _PICTURES))),
@@ -230,15 +235,15 @@ def _pictures(run: Run, found: dict[str, np.ndarray], blocks: list[Block]) -> No
             continue
         about = f"Class, epochs that trained on it of {len(run.epochs)}, and last score."
         rows = -(-len(numbers) // 6)
-        with _figure(title, about, blocks, 1.35 * rows) as figure:
+        with _figure(f"{title}: {label}", about, blocks, 1.35 * rows) as figure:
             grid = [*figure.subplots(rows, 6, squeeze=False).flat]
             for axes in grid:
                 axes.set_axis_off()
             for axes, number, image in zip(grid, numbers, images, strict=False):
-                label = int(found["labels"][number])
+                name = _class(run, int(found["labels"][number]))
                 score = f", {found['scores'][number]:.2g}" if "scores" in found else ""
                 axes.imshow(image, interpolation="nearest")
-                axes.set_title(f"{_class(run, label)}\n{found['kept'][number]}{score}", fontsize=8)
+                axes.set_title(f"{name}\n{found['kept'][number]}{score}", fontsize=8)
 
 
 def _class(run: Run, label: int) -> str:

@@ -6,13 +6,13 @@ Dimensions: N samples, P samples pictured.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.pruning import Pruning
-from infobatch_fast.report.lines import Line
+from infobatch_fast.report.lines import Line, read_lines
 from infobatch_fast.report.runs import Run
 from infobatch_fast.report.text import counted
 from infobatch_fast.train.records import (
@@ -23,13 +23,10 @@ from infobatch_fast.train.records import (
     EpochLine,
     RunRecord,
     Summary,
-    parse,
-    read_object,
 )
+from infobatch_fast.train.records import read as read_record
 
 _DEEP = 3  # folders below a named one: results, their experiments, their runs
-_REST = "the rest is reported"
-LineT = TypeVar("LineT", EpochLine, Line)
 
 
 @dataclass(frozen=True)
@@ -55,18 +52,13 @@ def read(paths: Sequence[Path]) -> Inputs:
     inputs = Inputs()
     runs: dict[Path, Run] = {}
     files: dict[Path, Benchmark] = {}
-    texts: dict[tuple[Any, str], Path] = {}
+    firsts: dict[str, Path] = {}
     for path in paths:
         try:
-            found = [
-                place for place in _find(path, _DEEP) if place.resolve() not in {*runs, *files}
-            ]
-            if not found and not any(_find(path, _DEEP)):
-                raise UserError(
-                    "it holds no run and no benchmark's .jsonl file"
-                    if path.exists()
-                    else "there is no such file or folder"
-                )
+            found = [*_find(path, _DEEP)]
+            if not found:
+                there = "there is no such file or folder"
+                raise UserError("it holds no run and no benchmark" if path.exists() else there)
         except (OSError, UserError) as error:
             inputs.bad[str(path)] = _why(error)
             continue
@@ -76,13 +68,13 @@ def read(paths: Sequence[Path]) -> Inputs:
                 continue
             try:
                 if place.is_dir():
-                    run, problems, text = _read_run(at)
-                    first = texts.setdefault((run.config["seed"], text or str(at)), place)
-                    if first != place:
+                    run, problems = _read_run(at)
+                    same = f"{run.config['seed']} {run.epochs}" if run.epochs else str(at)
+                    if (first := firsts.setdefault(same, place)) != place:
                         raise UserError(f"it is a copy of {first}, which is counted once")
                     runs[at] = run
                 else:
-                    lines, problems = _lines(_text(at), at.name, Line)
+                    lines, problems = read_lines(at, Line)
                     if not lines:
                         raise UserError(problems[0] if problems else "it holds no lines yet")
                     files[at] = Benchmark(at.name, lines, bool(problems))
@@ -91,7 +83,7 @@ def read(paths: Sequence[Path]) -> Inputs:
             else:
                 if problems:
                     more = f", and {counted(len(problems) - 1, 'more line')}" * (len(problems) > 1)
-                    inputs.bad[str(place)] = f"{problems[0]}{more}; {_REST}"
+                    inputs.bad[str(place)] = f"{problems[0]}{more}; the rest is reported"
     inputs.runs = [replace(run, name=name) for run, name in _named(runs)]
     inputs.benchmarks = [replace(of, name=name) for of, name in _named(files)]
     return inputs
@@ -146,51 +138,48 @@ def _find(path: Path, deep: int) -> Iterator[Path]:
 
 
 def _named(found: Mapping[Path, Any]) -> Iterator[tuple[Any, str]]:
-    """Each with the shortest end of its path that the others do not have."""
+    """Each with the end of its path that tells it from the others."""
     for path, each in found.items():
-        ends = ["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)]
-        others = [f"/{other}" for other in found if other != path]
-        yield (
-            each,
-            next((e for e in ends if not any(o.endswith(f"/{e}") for o in others)), ends[-1]),
+        alike = [other for other in found if other.name == path.name]
+        depth = next(
+            n for n in range(1, 99) if len({other.parts[-n:] for other in alike}) == len(alike)
         )
+        yield each, "/".join(path.parts[-depth:])
 
 
-def _read_run(folder: Path) -> tuple[Run, list[str], str]:
-    """The run, what is wrong with lines of its epochs, and their text."""
-    record = parse(RunRecord, read_object(_text(folder / CONFIG), CONFIG), CONFIG)
+def _read_run(folder: Path) -> tuple[Run, list[str]]:
+    """The run, and what is wrong with its epochs."""
+    record = read_record(RunRecord, folder / CONFIG)
     config = record.config
     kinds = {"epochs": int, "seed": int, "model": str, "dataset": str}
     for values, expected in ((config, kinds), (record.device, {"name": str, "type": str})):
         for name, kind in expected.items():
             if type(values.get(name)) is not kind:
-                raise UserError(
-                    f"{CONFIG}: {name} must be {kind.__name__}, got {values.get(name)!r}"
-                )
+                got = values.get(name)
+                raise UserError(f"{CONFIG}: {name} must be {kind.__name__}, got {got!r:.80}")
     if config["epochs"] < 1 or record.samples.get("train", 1) < 1:
         raise UserError(f"{CONFIG}: epochs and samples must be at least 1")
     try:
         Pruning.of(config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{CONFIG} tells no pruning: {reason(error)}") from None
-    text = _text(folder / EPOCHS) if (folder / EPOCHS).exists() else ""
-    lines, problems = _lines(text, EPOCHS, EpochLine)
+    path = folder / EPOCHS
+    lines, problems = read_lines(path, EpochLine) if path.exists() else ([], [])
     size = record.samples.get("train") or max((line.kept for line in lines), default=0)
     epochs: list[EpochLine] = []
     for line in lines:
-        if line.epoch == len(epochs) + 1 and _possible(line, size, config["epochs"]):
-            epochs.append(line)
-        else:
+        if line.epoch != len(epochs) + 1 or not _possible(line, size, config["epochs"]):
             problems.append(f"{EPOCHS}: epoch {line.epoch} cannot follow epoch {len(epochs)}")
             break
+        epochs.append(line)
     summary = None
     if (folder / SUMMARY).exists():
-        summary = parse(Summary, read_object(_text(folder / SUMMARY), SUMMARY), SUMMARY)
+        summary = read_record(Summary, folder / SUMMARY)
         trained = sum(line.kept for line in epochs)
         if (summary.epochs, summary.samples_trained) != (len(epochs), trained):
             problems.append(f"{SUMMARY} is not of the {counted(len(epochs), 'epoch')} of {EPOCHS}")
             summary = None
-    return Run(folder.name, folder, record, epochs, summary, bool(problems)), problems, text
+    return Run(folder.name, folder, record, epochs, summary, bool(problems)), problems
 
 
 def _possible(line: EpochLine, size: int, epochs: int) -> bool:
@@ -209,35 +198,6 @@ def _is_histogram(
 ) -> bool:
     numbers = all(isinstance(of, (int, float)) for of in (low, high, unseen, *counts))
     return numbers and 0 < low < high and len(counts) > 2
-
-
-def _lines(text: str, where: str, kind: type[LineT]) -> tuple[list[LineT], list[str]]:
-    """The lines that can be read, and what is wrong with others.
-
-    A last line without an end was being written when the process was killed: it is none.
-    """
-    rows = text.split("\n")
-    lines, problems = [], []
-    for number, row in enumerate(rows, 1):
-        at = f"line {number} of {where}"
-        try:
-            if row:
-                lines.append(parse(kind, read_object(row, at), at))
-        except UserError as error:
-            if number < len(rows):
-                problems.append(str(error))
-    return lines, problems
-
-
-def _text(path: Path) -> str:
-    if not path.exists():
-        raise UserError(f"{path.name} is missing")
-    if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path.name} must be a regular file")
-    try:
-        return path.read_text(errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"cannot read {path.name}: {_why(error)}") from None
 
 
 def _why(error: Exception) -> str:

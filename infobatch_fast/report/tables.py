@@ -178,27 +178,28 @@ def reported_tables(section: Section) -> list[Block]:
 
 
 def _sentence(row: Training, full: Paired | None, shorter: Paired | None) -> str:
-    alone = f"{row.label}: {mean([*row.frame['accuracy']], 2)}% accuracy"
+    alone = f"{mean([*row.frame['accuracy']], 2)}% accuracy"
     if row.pruning == FULL:
-        return f"{alone}. Nothing is pruned: a pruned run is lacking."
+        return f"{row.label}: {alone}. Nothing is pruned: a pruned run is lacking."
     unknown = []
-    if full is not None:
-        told = f"{row.label} against full data: {_told(full)}; {_less(full.samples, 'samples')}"
+    if full is None:
+        parts = [f"{alone} with {_less(_saved(row), 'samples')}"]
+        unknown = ["what that cost in accuracy, and saved in time"]
+    else:
+        parts = [f"against full data {_told(full, ' of accuracy')}", _less(full.samples, "samples")]
         if full.time is not None:
             range_ = f" ({_range(full)} by seed)" if _range(full) else ""
-            told += f", {_less(full.time, 'training time')}{range_}"
+            parts.append(_less(full.time, "training time") + range_)
+    told = f"{row.label}: {', '.join(parts)}"
+    if shorter is None:
+        unknown.append("whether training shorter does as well")
     else:
-        told = f"{alone} with {_less(_saved(row), 'samples')}"
-        unknown = ["what that cost in accuracy, and saved in time"]
-    if shorter is not None:
-        told += f". Against training shorter ({shorter.against}): {_told(shorter)}"
-    else:
-        unknown += ["whether training shorter does as well"]
+        told += f"; against training shorter ({shorter.against}) {_told(shorter)}"
     return told + f". Not known is {', nor '.join(unknown)}" * bool(unknown) + "."
 
 
-def _told(one: Paired) -> str:
-    points = f"{one.mean:+.2f} points, {one.verdict}"
+def _told(one: Paired, unit: str = "") -> str:
+    points = f"{one.mean:+.2f} points{unit}, {one.verdict}"
     if one.half is None:
         return f"{points} (1 seed: the noise is not known)"
     more = f"; about {one.more} more would tell" if one.verdict == "undecided" else ""

@@ -126,7 +126,7 @@ def test_rows_of_a_comparison(clock, bench):
     }
     took = bench.compare("steps", {"samples": 50}, sides, seconds=(0, 0))
     assert took == {"a": [2.0] * 5, "b": [2.0] * 5}
-    a, b, c, d = read_lines(bench.path)
+    a, b, c, d = read_lines(bench.path, Line)[0]
     assert a.case == {"samples": 50, "side": "a"}
     assert (a.unit, a.median, a.p20, a.p80, a.count) == ("s", 2.0, 2.0, 2.0, 5)
     assert a.more["copy_limit_percent"] == pytest.approx(5.0)  # 100 B in 2 s of 1000 B/s
@@ -158,7 +158,7 @@ def test_lines_are_whole_and_say_what_of(bench):
     assert bench.path.read_text() == ""
     bench.add("steps", {"samples": 50}, "s", harness.spread([1.0, 2.0, 3.0]), {"x": math.inf})
     bench.add_absent("steps", {"samples": 60}, "no room")
-    assert read_lines(bench.path) == bench.lines
+    assert read_lines(bench.path, Line)[0] == bench.lines
     first, second = bench.lines
     assert (first.benchmark, first.part, first.more) == ("a", "steps", {"x": None})
     assert second.absent == "no room"
@@ -166,7 +166,7 @@ def test_lines_are_whole_and_say_what_of(bench):
     assert first.packages["torch"] == torch.__version__.split("+")[0]
     assert not first.complete
     bench.finish()
-    assert [line.complete for line in read_lines(bench.path)] == [True, True]
+    assert [line.complete for line in read_lines(bench.path, Line)[0]] == [True, True]
     assert os.listdir(bench.path.parent) == ["a_bench.jsonl"]
 
     def refuse(constant: str) -> None:  # JSON has no infinity
@@ -210,7 +210,7 @@ def run(tmp_path, *words, stop=None) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_keeps_the_rows_and_draws_them(tmp_path, capsys, number):
     assert run(tmp_path, "--device", "cpu", stop=number) == 128 + number
-    (line,) = read_lines(tmp_path / "some.jsonl")
+    (line,) = read_lines(tmp_path / "some.jsonl", Line)[0]
     assert (line.part, line.complete) == ("steps", False)
     assert (tmp_path / "some.png").stat().st_size > 1000
     assert "1 rows are kept" in capsys.readouterr().err
@@ -218,7 +218,7 @@ def test_a_stop_keeps_the_rows_and_draws_them(tmp_path, capsys, number):
 
 def test_a_run_leaves_lines_and_a_plot_and_no_other_run_may_overwrite_them(tmp_path, capsys):
     assert run(tmp_path, "--quick", "--seed", "3") == 0
-    lines = read_lines(tmp_path / "some.jsonl")
+    lines = read_lines(tmp_path / "some.jsonl", Line)[0]
     assert [line.part for line in lines] == ["steps", "rates"]
     assert all(line.complete and line.quick for line in lines)
     assert lines[0].options["seed"] == 3
@@ -226,7 +226,7 @@ def test_a_run_leaves_lines_and_a_plot_and_no_other_run_may_overwrite_them(tmp_p
     assert "too short to quote" in capsys.readouterr().out
     assert run(tmp_path) == 2
     assert "some." in capsys.readouterr().err  # what is in the way
-    assert read_lines(tmp_path / "some.jsonl") == lines
+    assert read_lines(tmp_path / "some.jsonl", Line)[0] == lines
 
 
 MISTAKES = [

@@ -26,7 +26,7 @@ from infobatch_fast.data.loader import make_loader
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch
-from infobatch_fast.report.lines import read_lines
+from infobatch_fast.report.lines import Line, read_lines
 from infobatch_fast.train import graph
 from infobatch_fast.train.models import make_model
 
@@ -431,5 +431,5 @@ def test_nothing_is_absent_on_a_gpu(script, tmp_path):
     words += ["--model", "small"] * (script == "overhead")
     words += ["--models", "small", "--combo-kernels"] * (script == "throughput")
     subprocess.run([sys.executable, str(BENCH / f"{script}.py"), *words], check=True)
-    lines = read_lines(tmp_path / f"{script}.jsonl")
+    lines = read_lines(tmp_path / f"{script}.jsonl", Line)[0]
     assert not [line for line in lines if line.absent]
