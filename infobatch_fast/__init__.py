@@ -13,12 +13,14 @@ _EXPORTS = {
     "InfoBatch": "infobatch",
     "Plan": "plan",
     "Batch": "plan",
+    "ProgressLR": "adapters.progress",
     "DaliLoader": "data.dali",
     "TorchLoader": "data.loader",
 }
-__all__ = ["Batch", "DaliLoader", "InfoBatch", "Plan", "TorchLoader", "__version__"]
+__all__ = ["Batch", "DaliLoader", "InfoBatch", "Plan", "ProgressLR", "TorchLoader", "__version__"]
 
 if TYPE_CHECKING:
+    from infobatch_fast.adapters.progress import ProgressLR
     from infobatch_fast.data.dali import DaliLoader
     from infobatch_fast.data.loader import TorchLoader
     from infobatch_fast.infobatch import InfoBatch

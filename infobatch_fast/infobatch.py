@@ -7,8 +7,9 @@ Dimensions: N samples, n prunable, k of those kept, K kept in all, B batch, T lo
 import math
 import operator
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from infobatch_fast.plan import Batch, Plan, check_count, per_sample
 from infobatch_fast.policies import SCORES, Choice, View, find, soft
 from infobatch_fast.pruning import Pruning
 
-STATE_VERSION = 2
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+STATE_VERSION = 3
 
 
 class _Past(NamedTuple):
@@ -43,6 +47,7 @@ class InfoBatch:
         ratio, delta, policy, rescale, anneal, score, ratio_schedule, target_saving: see `Pruning`.
             A policy that remembers has its epochs drawn in their order. With a target, what an
             epoch cannot save falls to the later ones; see `most_saving`.
+        protect: (N,) bool, samples that no epoch leaves out (a rare class, say); not in the state.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -71,6 +76,7 @@ class InfoBatch:
         score: str = "loss",
         ratio_schedule: str = "constant",
         target_saving: float | None = None,
+        protect: Tensor | None = None,
     ) -> None:
         check_count("num_samples", num_samples)
         check_count("num_epochs", num_epochs)
@@ -86,10 +92,20 @@ class InfoBatch:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
+        self._protected: Tensor | None = None
+        if protect is not None:
+            if protect.shape != self.scores.shape or protect.dtype != torch.bool:
+                got = f"{protect.dtype} of shape {tuple(protect.shape)}"
+                raise ValueError(f"protect must be torch.bool of shape ({num_samples},), got {got}")
+            self._protected = protect.to(self.scores.device)
         triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
         self._past = self._after = _Past({}, None, 0)
         self.asked = 0.0  # samples that a target asked the last epoch drawn to leave out
+        self.plan: Plan | None = None  # the last drawn
+        self.recorded = 0  # samples whose losses came since, as the host knows it
+        self.resume_at = 0  # of these, how many a loaded state had
+        self._told = False  # that one plan served several passes
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -97,6 +113,8 @@ class InfoBatch:
 
     def sample(self, epoch: int, batch_size: int | None = None) -> Plan:
         """Draw an epoch from the scores as they are now; the same call gives the same plan.
+
+        An epoch that is under way, some of its losses being recorded, is not drawn anew.
 
         Costs one host sync in an epoch that prunes (to learn n, hence K), none in a full one.
 
@@ -115,6 +133,8 @@ class InfoBatch:
             raise ValueError(f"epoch must be in [0, {self.num_epochs}), got {epoch}")
         if batch_size is not None:
             check_count("batch_size", batch_size)
+        if epoch == self._epoch and self.plan is not None and self.recorded:
+            return self.plan
         if epoch != self._epoch:
             self._past, self._epoch = self._after, epoch
         budget = self._budget(epoch)
@@ -125,7 +145,23 @@ class InfoBatch:
             plan, memory = self._draw_all(epoch), self._past.memory
         last = plan.indices if self._policy.memory else None
         self._after = _Past(memory, last, self._past.saved + self.num_samples - len(plan))
+        self.plan, self.recorded, self.resume_at = plan, 0, 0
         return plan
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch under way, or the one to be drawn next."""
+        if self._epoch is None:
+            return 0
+        under_way = self.plan is not None and self.recorded < len(self.plan)
+        return self._epoch if under_way else self._epoch + 1
+
+    @property
+    def progress(self) -> float:
+        """How far the run is, in [0, 1], by epochs and the samples recorded within one."""
+        if self.plan is None:
+            return self.next_epoch / self.num_epochs
+        return (self.plan.epoch + min(1.0, self.recorded / len(self.plan))) / self.num_epochs
 
     @property
     def most_saving(self) -> float:
@@ -169,22 +205,31 @@ class InfoBatch:
         kernels = triton_kernels(scores.device)
         tail = Pruning(delta=self.pruning.delta).first_full_epoch(self.num_epochs)
         view = View(scores, epoch, tail, budget, key, self._past.last, self._past.memory)
-        by_scores = kernels is not None and policy.choose is soft
-        # Of soft the kernel needs no mask: it compares as it goes.
-        choice = Choice(scores) if by_scores else self._choice(view)
-        by_kernels = kernels is not None and choice.priority is None
+        limit = None
+        if kernels is not None and policy.choose is soft and self._protected is None:
+            # It needs no mask: the kernel compares as it goes.
+            choice, limit = Choice(scores), kernels.threshold(scores)
+        else:
+            choice = self._choice(view)
+        if choice.priority is not None:
+            kernels = None  # they draw uniformly
         positions = choice.prunable
-        if by_kernels:
-            limit = kernels.threshold(scores) if by_scores else None
+        if kernels is not None:
             positions, count = kernels.partition(choice.prunable, limit)
         else:
             count = choice.prunable.sum()
         n = int(count)  # the epoch's one host sync: K sizes the plan and the loader
         if n == 0:
+            if self.plan is not None and self.plan.epoch < epoch and not self.recorded:
+                warnings.warn(
+                    f"epoch {epoch} leaves out nothing: update() was not called since epoch "
+                    f"{self.plan.epoch} was drawn, and no sample has a score",
+                    stacklevel=3,
+                )
             return self._draw_all(epoch), choice.memory
         k = self._keep(n, budget.kept(n), batch_size)
         weight = n / k if self.pruning.rescale and policy.unbiased else 1.0
-        if by_kernels:
+        if kernels is not None:
             indices, weights = kernels.choose(positions, n, k, weight, key)
         else:
             indices, weights = reference.choose(
@@ -210,6 +255,8 @@ class InfoBatch:
                     f"{part} of policy {name} must be {dtype} of shape ({self.num_samples},), "
                     f"got {given.dtype} of shape {tuple(given.shape)}"
                 )
+        if self._protected is not None:
+            choice = choice._replace(prunable=choice.prunable & ~self._protected)
         return choice
 
     def _keep(self, n: int, target: float, batch_size: int | None) -> int:
@@ -221,13 +268,22 @@ class InfoBatch:
         whole = [k for k in (below, below + batch_size) if 1 <= k <= n]
         return min(whole, key=lambda k: abs(k - target), default=exact)
 
-    def update(self, losses: Tensor, batch: Batch) -> Tensor:
+    def update(
+        self,
+        losses: Tensor,
+        batch: Batch,
+        scores: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Record a batch's losses as scores and return the loss to differentiate. No host sync.
 
         Args:
             losses: one loss a sample, before any reduction: (B,), (B, 1), or (B, T), which is
-                averaged over T; any floating dtype.
+                averaged over T; any floating dtype. Where scores are of batches (bls) it may be
+                the batch's mean, ().
             batch: the batch that came with the samples.
+            scores: (B,), what the samples are judged by, where that is not the loss.
+            mask: (B, T), what counts of the T losses of a sample: real tokens, no padding.
 
         Returns:
             () mean of weight * loss; float64 for float64 losses, float32 otherwise.
@@ -239,8 +295,18 @@ class InfoBatch:
         if not isinstance(batch, Batch):
             kind = type(batch).__name__
             raise TypeError(f"batch must be the Batch that came with the samples, got {kind}")
-        losses = per_sample(losses, batch.indices.numel())
-        self.record(losses, batch)
+        size = batch.indices.numel()
+        if self.pruning.score != "loss" and isinstance(losses, Tensor) and losses.dim() == 0:
+            losses = losses.expand(size)
+        losses = per_sample(losses, size, mask)
+        if self.plan is not None and self.recorded >= 2 * len(self.plan) and not self._told:
+            self._told = True
+            warnings.warn(
+                f"losses of two passes came since epoch {self.plan.epoch} was drawn: each epoch "
+                "has a plan of its own, from sample(epoch)",
+                stacklevel=2,
+            )
+        self.record(losses if scores is None else scores, batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
     @torch.no_grad()
@@ -253,6 +319,7 @@ class InfoBatch:
             found_inf: () or (1,); where it is not 0 the scores stay as they are.
         """
         device = self.scores.device
+        self.recorded += batch.indices.numel()
         losses = _onto(per_sample(losses, batch.indices.numel()).detach(), device)
         kernels = triton_kernels(device)
         operation = reference.record if kernels is None else kernels.record
@@ -262,19 +329,76 @@ class InfoBatch:
             losses = SCORES[self.pruning.score](before, losses)
         operation(self.scores, indices, losses.contiguous(), found_inf)
 
+    def loader(
+        self,
+        dataset: Any,
+        batch_size: int,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        **arguments: Any,
+    ) -> "DataLoader":
+        """A torch DataLoader of the epochs, one after the other: `for data, batch in loader`.
+
+        Args:
+            dataset: any map-style one, of N samples.
+            batch_size: B; pruned epochs are of whole batches.
+            collate_fn: the user's, of a list of samples; None is torch's.
+            arguments: further ones of the DataLoader (num_workers, pin_memory, ...).
+
+        Raises:
+            TypeError, ValueError: the data set has no length or another one, or an argument is
+                given that the InfoBatch decides (shuffle, sampler, batch_sampler).
+        """
+        from infobatch_fast.adapters import sampler
+
+        return sampler.loader(self, dataset, batch_size, collate_fn, **arguments)
+
+    def wrap(self, dataset: Any) -> Any:
+        """The data set for a DataLoader built by hand: it takes picks of `sampler()`."""
+        from infobatch_fast.adapters import sampler
+
+        return sampler.wrap(self, dataset)
+
+    def sampler(self, batch_size: int | None = None, drop_last: bool = False) -> Any:
+        """The sampler for a DataLoader built by hand, see `adapters.sampler.Sampler`."""
+        from infobatch_fast.adapters import sampler
+
+        return sampler.Sampler(self, batch_size, drop_last)
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> Any:
+        """The collate function for a DataLoader built by hand: gives `(data, Batch)`."""
+        from infobatch_fast.adapters import sampler
+
+        return sampler.Collate(collate_fn or sampler.default_collate)
+
+    def check(self, loader: Any) -> str:
+        """One dry pass over a loader: indices once each, weights of the plan, lengths that fit.
+
+        Returns:
+            What was found, in a line.
+
+        Raises:
+            ValueError: what does not hold.
+        """
+        from infobatch_fast.adapters import sampler
+
+        return sampler.check(self, loader)
+
     def _settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("num_samples", "num_epochs", "seed")}
         return {**own, **self.pruning.settings()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores (a copy), what the policy remembers, and the settings that they belong to.
+        """The scores (a copy), the epoch under way, what the policy remembers, and the settings.
 
         It is loadable with weights_only.
         """
+        plan = self.plan if self.plan is not None and self.next_epoch == self._epoch else None
         return {
             "version": STATE_VERSION,
             "scores": self.scores.clone(),
             "epoch": self._epoch,
+            "plan": None if plan is None else vars(plan).copy(),
+            "recorded": self.recorded,
             "past": {**self._past._asdict(), "memory": dict(self._past.memory)},
             "after": {**self._after._asdict(), "memory": dict(self._after.memory)},
             **self._settings(),
@@ -294,6 +418,11 @@ class InfoBatch:
         past, after = (_past_of(state[name], self.scores.device) for name in ("past", "after"))
         self.scores.copy_(state["scores"])
         self._epoch, self._past, self._after = state["epoch"], past, after
+        self.plan, self.recorded = None, state["recorded"]
+        if (plan := state["plan"]) is not None:
+            tensors = {name: plan[name].to(self.scores.device) for name in ("indices", "weights")}
+            self.plan = Plan(**{**plan, **tensors})
+        self.resume_at = 0 if plan is None else self.recorded
 
 
 def _past_of(saved: Mapping[str, Any], device: torch.device) -> _Past:

@@ -70,8 +70,14 @@ class Plan:
             yield self.batch(start, start + batch_size)
 
 
-def per_sample(losses: Tensor, batch_size: int) -> Tensor:
-    """Losses of any accepted shape and dtype as (B,) float32 (float64 stays), differentiably."""
+def per_sample(losses: Tensor, batch_size: int, mask: Tensor | None = None) -> Tensor:
+    """Losses of any accepted shape and dtype as (B,) float32 (float64 stays), differentiably.
+
+    Args:
+        losses: (B,), (B, 1) or (B, T).
+        batch_size: B.
+        mask: (B, T), what counts of each sample's T losses (real tokens); None is all.
+    """
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
         raise TypeError(f"losses must be a floating tensor, got {kind}")
@@ -84,6 +90,14 @@ def per_sample(losses: Tensor, batch_size: int) -> Tensor:
         )
     if losses.dtype != torch.float64:
         losses = losses.float()
+    if mask is not None:
+        if mask.shape != losses.shape:
+            shapes = f"{tuple(losses.shape)}, got {tuple(mask.shape)}"
+            raise ValueError(f"mask must have the shape of the losses, {shapes}")
+        mask = mask.to(losses).flatten(1)
+        # What is masked may be anything, NaN too.
+        summed = losses.flatten(1).masked_fill(mask == 0, 0.0).mul(mask).sum(1)
+        return summed / mask.sum(1).clamp(min=1)
     return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
 
 

@@ -370,7 +370,7 @@ def test_a_run_goes_on_from_its_state(tmp_path, kwargs: dict) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"version": 99}, "version of the state must be 2, got 99"),
+        ({"version": 99}, "version of the state must be 3, got 99"),
         ({"ratio": 0.3}, "ratio of the state must be 0.5, got 0.3"),
         ({"num_samples": 6}, "num_samples of the state must be 5, got 6"),
         ({"policy": "hard"}, "policy of the state must be soft, got hard"),
@@ -542,3 +542,61 @@ def test_what_is_no_policy_no_choice_and_no_batch_is_told(monkeypatch) -> None:
         with pytest.raises(TypeError, match=r"^batch must be the Batch that came with the samples"):
             make(5).update(torch.ones(5), batch)  # type: ignore[arg-type]
     assert repr(make(5).sample(0).batch(0, 3)) == "Batch(of 3 samples, on cpu)"
+
+
+def test_masked_losses_count_real_tokens_alone() -> None:
+    infobatch = with_scores(np.zeros(4))
+    losses = torch.tensor([[1.0, 3.0, torch.nan], [5.0, torch.inf, 9.0], [7.0, 7.0, 7.0]])
+    losses.requires_grad_()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    batch = Batch(torch.tensor([2, 0, 1]), torch.tensor([2.0, 1.0, 1.0]))
+    loss = infobatch.update(losses, batch, mask=mask)
+    loss.backward()
+    assert loss.item() == (2 * 2 + 5 + 0) / 3
+    assert infobatch.scores.tolist() == [5, 0, 2, 0]
+    assert losses.grad is not None
+    torch.testing.assert_close(losses.grad, torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0]]) / 3)
+    with pytest.raises(ValueError, match=r"^mask must have the shape of the losses, \(3, 3\)"):
+        infobatch.update(losses, batch, mask=mask[:, :2])
+
+
+def test_scores_of_their_own_and_a_batchs_mean() -> None:
+    infobatch = with_scores(np.zeros(4))
+    batch = Batch(torch.tensor([3, 1]), torch.tensor([2.0, 1.0]))
+    loss = infobatch.update(torch.tensor([10.0, 20.0]), batch, scores=torch.tensor([0.5, 0.25]))
+    assert loss.item() == 20
+    assert infobatch.scores.tolist() == [0, 0.25, 0, 0.5]
+    infobatch = make(4, score="bls")
+    assert infobatch.update(torch.tensor(3.0), batch).item() == 4.5
+    assert infobatch.scores[[3, 1]].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("policy", ["soft", "random", "hard", "ucb"])
+def test_protected_samples_are_always_kept(policy: str) -> None:
+    scores = np.random.default_rng(0).random(300)
+    protect = torch.arange(300) % 5 == 0
+    infobatch = make(300, policy=policy, protect=protect, ratio=0.9)
+    plan = infobatch.sample(0)
+    for epoch in range(4):
+        plan = infobatch.sample(epoch)
+        assert set(range(0, 300, 5)) <= set(plan.indices.tolist())
+        assert (plan.weights[protect[plan.indices]] == 1).all()
+        assert plan.weights.double().sum().item() == pytest.approx(300) or policy in ("hard", "ucb")
+        for batch in plan.batches(100):
+            infobatch.update(torch.from_numpy(scores)[batch.indices], batch)
+    assert len(plan) < 250
+    with pytest.raises(ValueError, match=r"^protect must be torch.bool of shape \(300,\), got"):
+        make(300, protect=protect.float())
+
+
+def test_what_prunes_nothing_silently_is_told() -> None:
+    infobatch = make(20)
+    infobatch.sample(0)
+    with pytest.warns(UserWarning, match=r"^epoch 1 leaves out nothing: update\(\) was not"):
+        infobatch.sample(1)
+    infobatch = make(20)
+    batch = infobatch.sample(0).batch(0, 20)
+    infobatch.update(torch.ones(20), batch)
+    infobatch.update(torch.ones(20), batch)
+    with pytest.warns(UserWarning, match="^losses of two passes came since epoch 0 was drawn"):
+        infobatch.update(torch.ones(20), batch)

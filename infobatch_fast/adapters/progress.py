@@ -1,0 +1,51 @@
+"""Learning-rate schedules over epochs of varying length."""
+
+import math
+from typing import Any
+
+from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.plan import check_count
+
+
+class ProgressLR:
+    """Drives any torch scheduler by how far the run is, in the place of `scheduler.step()`.
+
+    Pruned epochs have fewer steps, so that a scheduler stepped once a batch never reaches its end.
+    Call `step()` where you called the scheduler's: it steps the scheduler as often as the progress
+    through the epochs asks, none, one or several times, and ends it at its last step.
+
+    Args:
+        scheduler: made for `total_steps` steps, such as
+            `OneCycleLR(optimizer, 0.4, total_steps=total_steps)`.
+        infobatch: whose epochs they are.
+        total_steps: of the scheduler; for one that is stepped once an epoch, num_epochs.
+
+    Example:
+        >>> import torch
+        >>> from infobatch_fast import InfoBatch
+        >>> infobatch = InfoBatch(num_samples=8, num_epochs=4, device="cpu")
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> onecycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=8)
+        >>> schedule = ProgressLR(onecycle, infobatch, total_steps=8)
+    """
+
+    def __init__(self, scheduler: Any, infobatch: InfoBatch, total_steps: int) -> None:
+        check_count("total_steps", total_steps)
+        self.scheduler, self.infobatch, self.total_steps = scheduler, infobatch, int(total_steps)
+        self.taken = 0
+
+    def step(self) -> None:
+        """After the optimizer's step: bring the scheduler to where the run is."""
+        due = math.floor(self.infobatch.progress * self.total_steps + 1e-9)
+        while self.taken < due:
+            self.taken += 1
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's, and how often it was stepped."""
+        return {"taken": self.taken, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state of `state_dict()`."""
+        self.taken = state["taken"]
+        self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,248 @@
+"""A torch DataLoader of any map-style data set, whose batches carry their indices and weights.
+
+The sampler yields a `Pick`, index and weight; the outermost data set unpacks it; the collate gives
+`(the user's batch, Batch)`. Workers hold no state, so that no look-ahead, sharding or reordering
+can mispair a sample and its weight.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+
+from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.plan import Batch, Plan, check_count
+
+CHUNK = 65_536  # picks brought to the host at once: the whole list of 1e9 would not fit
+
+
+class Pick(NamedTuple):
+    """What a sampler yields in the place of an index: a sample's number and its loss weight."""
+
+    number: int
+    weight: float
+
+
+class Picked(NamedTuple):
+    """A sample of the user's with the pick that it was fetched by."""
+
+    sample: Any
+    pick: Pick
+
+
+class PickedDataset(Dataset):
+    """The outermost data set: takes a `Pick`, fetches by its index, and hands both on.
+
+    Everything else is the wrapped data set's own (`dataset.classes`, ...).
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, pick: Pick) -> Picked:
+        if not isinstance(pick, Pick):
+            raise TypeError(
+                f"a pick of infobatch.sampler() must come to the wrapped data set, got {pick!r}: "
+                "wrap it last, and give the DataLoader that sampler"
+            )
+        return Picked(self.dataset[pick.number], pick)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":  # while it is copied or unpickled
+            raise AttributeError(name)
+        if name == "__getitems__":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class PickedItems(PickedDataset):
+    """The same of a data set that fetches many at once (`__getitems__`), as Arrow tables do."""
+
+    def __getitems__(self, picks: Sequence[Pick]) -> list[Picked]:
+        samples = self.dataset.__getitems__([pick.number for pick in picks])
+        return [Picked(sample, pick) for sample, pick in zip(samples, picks, strict=True)]
+
+
+class Collate:
+    """Turns picked samples into `(collate(samples), Batch)`; the batch's tensors are on the CPU."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, picked: Sequence[Picked]) -> tuple[Any, Batch]:
+        """The user's batch, and what `InfoBatch.update` must know of it."""
+        batch = Batch(
+            torch.tensor([each.pick.number for each in picked], dtype=torch.int64),
+            torch.tensor([each.pick.weight for each in picked], dtype=torch.float32),
+        )
+        return self.collate([each.sample for each in picked]), batch
+
+
+class Sampler(DistributedSampler):
+    """The epochs of an `InfoBatch`, one after the other, as picks.
+
+    A plan is drawn at the first `len()` or `iter()` of its epoch, and stays. Which epoch that is
+    `set_epoch` says. Without it an `iter()` begins the next one where `update` was called since the
+    last, and gives the same one again where it was not, as after a peek. A loaded state's epoch
+    goes on with what was not trained on yet. (A `DistributedSampler`, because Lightning and Ray put
+    one of their own in the place of others.)
+
+    Args:
+        infobatch: whose plans they are.
+        batch_size: B, of the DataLoader: pruned epochs are then of whole batches.
+        drop_last: of the DataLoader.
+    """
+
+    def __init__(
+        self, infobatch: InfoBatch, batch_size: int | None = None, drop_last: bool = False
+    ) -> None:
+        numbers: Any = range(infobatch.num_samples)
+        super().__init__(numbers, num_replicas=1, rank=0)
+        self.infobatch, self.batch_size, self.drop_last = infobatch, batch_size, drop_last
+        self._set: int | None = None  # the epoch that was asked for, until it is iterated over
+        self._last: _Picks | None = None
+        self._recorded = 0  # samples recorded when that began
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the one that is given next."""
+        self._set = self.epoch = epoch
+
+    def __len__(self) -> int:
+        plan = self.plan()
+        if self._done(plan) and self._set is None and plan.epoch + 1 < self.infobatch.num_epochs:
+            plan = self._draw(plan.epoch + 1)
+        return len(plan)
+
+    def __iter__(self) -> Iterator[Pick]:
+        plan, last = self.plan(), self._last
+        again = last is not None and last.plan is plan
+        if self._set is None and (
+            self._done(plan) or (again and self.infobatch.recorded > self._recorded)
+        ):
+            plan = self._draw(plan.epoch + 1)
+        elif again and last is not None and last.position == len(plan) and not plan.epoch:
+            warnings.warn(
+                "the first epoch is given again, as update() was not called since it was drawn: "
+                "without it no sample gets a score, and nothing is pruned",
+                stacklevel=2,
+            )
+        self._set, self.epoch, self._recorded = None, plan.epoch, self.infobatch.recorded
+        self._last = _Picks(plan, self.infobatch.resume_at)
+        return self._last
+
+    def plan(self) -> Plan:
+        """The epoch under way, or the one to come before any was drawn."""
+        plan = self.infobatch.plan
+        epoch = self._set
+        if epoch is None:
+            epoch = self.infobatch.next_epoch if plan is None else plan.epoch
+        return plan if plan is not None and plan.epoch == epoch else self._draw(epoch)
+
+    def _draw(self, epoch: int) -> Plan:
+        return self.infobatch.sample(epoch, self.batch_size)
+
+    def _done(self, plan: Plan) -> bool:
+        """Whether all of it was trained on, but for the partial batch that `drop_last` drops."""
+        least = self.batch_size if self.drop_last and self.batch_size else 1
+        return len(plan) - self.infobatch.recorded < least
+
+
+class _Picks(Iterator[Pick]):
+    """A plan's picks from a position on; what it says of itself resumes a stateful loader."""
+
+    def __init__(self, plan: Plan, position: int) -> None:
+        self.plan, self.position = plan, position
+        self._chunk: list[Pick] = []
+        self._ends = position  # of the chunk
+
+    def __next__(self) -> Pick:
+        if self.position >= self._ends:
+            if self.position >= len(self.plan):
+                raise StopIteration
+            self._ends = min(self.position + CHUNK, len(self.plan))
+            part = self.plan.batch(self.position, self._ends)
+            # The host needs the indices to fetch by: it waits for them, once a chunk.
+            pairs = zip(part.indices.tolist(), part.weights.tolist(), strict=True)
+            self._chunk = [Pick(*pair) for pair in pairs][::-1]
+        self.position += 1
+        return self._chunk.pop()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.plan.epoch, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        if state["epoch"] != self.plan.epoch:
+            raise ValueError(
+                f"epoch of the loader's state must be that of the InfoBatch's, {self.plan.epoch}, "
+                f"got {state['epoch']}: load the InfoBatch's first"
+            )
+        self.position = self._ends = state["position"]
+
+
+def wrap(infobatch: InfoBatch, dataset: Any) -> PickedDataset:
+    """See `InfoBatch.wrap`."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise TypeError(f"dataset must have __getitem__ and __len__, got {type(dataset).__name__}")
+    if len(dataset) != infobatch.num_samples:
+        raise ValueError(
+            f"dataset must have the {infobatch.num_samples} samples of the InfoBatch, "
+            f"got {len(dataset)}"
+        )
+    return (PickedItems if hasattr(dataset, "__getitems__") else PickedDataset)(dataset)
+
+
+def loader(
+    infobatch: InfoBatch,
+    dataset: Any,
+    batch_size: int,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    **arguments: Any,
+) -> DataLoader:
+    """See `InfoBatch.loader`."""
+    check_count("batch_size", batch_size)
+    taken = {"sampler", "batch_sampler", "shuffle"} & arguments.keys()
+    if taken:
+        raise ValueError(f"{min(taken)} must be left to the InfoBatch, which draws the order")
+    return DataLoader(
+        wrap(infobatch, dataset),
+        batch_size,
+        sampler=Sampler(infobatch, batch_size, arguments.get("drop_last", False)),
+        collate_fn=Collate(collate_fn or default_collate),
+        **arguments,
+    )
+
+
+def check(infobatch: InfoBatch, loader: Any) -> str:
+    """See `InfoBatch.check`."""
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, Sampler):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler of the loader must be infobatch.sampler(), got {sampler!r}")
+    length, count = len(loader), 0
+    plan = sampler.plan()
+    weights = torch.zeros(infobatch.num_samples)
+    weights[plan.indices.cpu()] = plan.weights.cpu()
+    times = torch.zeros(infobatch.num_samples, dtype=torch.int64)
+    for item in loader:
+        if not (isinstance(item, Sequence) and len(item) == 2 and isinstance(item[1], Batch)):
+            raise ValueError(
+                "collate_fn must give (the user's batch, Batch): use infobatch.collate(fn), "
+                f"got {type(item).__name__}"
+            )
+        indices, given = (tensor.cpu() for tensor in item[1])
+        times.index_add_(0, indices, torch.ones_like(indices))
+        if not torch.equal(given, weights[indices]):
+            raise ValueError(f"weights of batch {count} are not those of the plan")
+        count += 1
+    sampler._last = None  # nothing was trained on, and nothing is missed
+    if times.max() > 1:
+        raise ValueError(f"sample {int(times.argmax())} must come once, got {int(times.max())}")
+    if count != length:
+        raise ValueError(f"len of the loader must be the {count} batches that came, got {length}")
+    return f"{int(times.sum())} of {infobatch.num_samples} samples, each once, in {count} batches"

@@ -1,0 +1,322 @@
+"""Attribution through a torch DataLoader: each loss is a function of its sample's number alone."""
+
+import copy
+import pickle
+from collections import namedtuple
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+
+from infobatch_fast import Batch, InfoBatch, ProgressLR
+
+N, B, EPOCHS = 103, 8, 6
+Pair = namedtuple("Pair", "x y")
+
+
+class Samples(Dataset):
+    """N samples of a form: what each holds says which it is."""
+
+    def __init__(self, form: str = "tuple", n: int = N) -> None:
+        self.form, self.n = form, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = torch.full((2,), float(i)), i
+        return {"tensor": x, "tuple": (x, y), "named": Pair(x, y), "dict": {"x": x, "y": y}}[
+            self.form
+        ]
+
+
+class Table(Samples):
+    def __getitem__(self, i: int) -> Any:
+        raise AssertionError("one at a time")
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [Samples.__getitem__(self, i) for i in indices]
+
+
+def numbers(data: Any) -> torch.Tensor:
+    """Which samples a batch of the user's holds."""
+    if isinstance(data, dict):
+        return data["y"]
+    return data[:, 0].long() if isinstance(data, torch.Tensor) else data[1]
+
+
+def make(**kwargs) -> InfoBatch:
+    return InfoBatch(N, EPOCHS, **{"device": "cpu", "delta": 0.7, **kwargs})
+
+
+def losses_of(indices: torch.Tensor, epoch: int = 0) -> torch.Tensor:
+    return (indices * 37 % 101).float() / 50 + epoch / 100
+
+
+def train(infobatch: InfoBatch, loader: Any, epochs: range) -> list[list[int]]:
+    """The indices of each epoch, every loss checked to have come with its own sample."""
+    seen = []
+    for epoch in epochs:
+        order, length = [], len(loader)
+        for data, batch in loader:
+            assert numbers(data).tolist() == batch.indices.tolist()
+            infobatch.update(losses_of(numbers(data), epoch), batch)
+            order += batch.indices.tolist()
+        assert len(set(order)) == len(order)
+        assert length == -(-len(order) // B)
+        assert torch.equal(infobatch.scores[order], losses_of(torch.tensor(order), epoch))
+        seen.append(order)
+    return seen
+
+
+def expected(**kwargs) -> list[list[int]]:
+    """The same run by the plans alone."""
+    infobatch = make(**kwargs)
+    orders = []
+    for epoch in range(EPOCHS):
+        plan = infobatch.sample(epoch, B)
+        for batch in plan.batches(B):
+            infobatch.update(losses_of(batch.indices, epoch), batch)
+        orders.append(plan.indices.tolist())
+    assert min(map(len, orders)) < N == max(map(len, orders))
+    return orders
+
+
+DATASETS = {
+    **{form: Samples(form) for form in ("tensor", "tuple", "named", "dict")},
+    "items": Table(),
+    "TensorDataset": TensorDataset(torch.arange(N).float()[:, None], torch.arange(N)),
+    "Subset": Subset(Samples(n=N + 5), range(N)),
+    "ConcatDataset": ConcatDataset([Samples(n=N)]),
+    "list": [(torch.tensor([float(i)]), i) for i in range(N)],
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_form_of_data_gives_the_plans_order(name: str) -> None:
+    infobatch = make()
+    assert train(infobatch, infobatch.loader(DATASETS[name], B), range(EPOCHS)) == expected()
+
+
+WORKERS = {
+    "two": {"num_workers": 2},
+    "persistent": {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 5},
+    "spawned": {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True},
+}
+
+
+@pytest.mark.parametrize("name", WORKERS)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_and_looking_ahead_mispair_nothing(name: str) -> None:
+    infobatch = make()
+    loader = infobatch.loader(Samples("dict"), B, **WORKERS[name])
+    assert train(infobatch, loader, range(EPOCHS)) == expected()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_batches_out_of_order_keep_their_own_weights() -> None:
+    infobatch = make()
+    loader = infobatch.loader(Samples(), B, num_workers=2, in_order=False)
+    for epoch in range(EPOCHS):
+        (order,) = train(infobatch, loader, range(epoch, epoch + 1))
+        assert infobatch.plan is not None
+        assert sorted(order) == sorted(infobatch.plan.indices.tolist())
+
+
+def test_a_collate_of_ones_own_sees_the_users_samples() -> None:
+    infobatch = make()
+    texts = [("a" * (i % 7 + 1), i) for i in range(N)]
+    loader = infobatch.loader(texts, B, collate_fn=lambda rows: ([r[0] for r in rows], len(rows)))
+    for (words, size), batch in loader:
+        assert words == [texts[i][0] for i in batch.indices.tolist()]
+        assert size == len(batch.indices)
+
+
+def test_the_parts_make_the_same_loader() -> None:
+    infobatch = make()
+    loader = DataLoader(
+        infobatch.wrap(Samples()), B, sampler=infobatch.sampler(B), collate_fn=infobatch.collate()
+    )
+    assert train(infobatch, loader, range(EPOCHS)) == expected()
+
+
+def test_drop_last_peeks_and_epochs_left_early() -> None:
+    infobatch = make()
+    loader = infobatch.loader(Samples(), B, drop_last=True)
+    orders = []
+    for epoch in range(EPOCHS):
+        first = next(iter(loader))[1]  # a peek
+        assert torch.equal(first.indices, next(iter(loader))[1].indices)
+        assert infobatch.plan is not None
+        assert infobatch.plan.epoch == epoch
+        length, order = len(loader), []
+        for (_, y), batch in loader:
+            infobatch.update(losses_of(y), batch)
+            order += batch.indices.tolist()
+            if epoch == 2 and len(order) == 3 * B:
+                break
+            assert len(loader) == length or len(order) == length * B
+        assert order[:B] == first.indices.tolist()
+        orders.append(order)
+    assert [len(order) % B for order in orders] == [0] * EPOCHS
+    with pytest.raises(ValueError, match=r"^epoch must be in \[0, 6\), got 6$"):
+        iter(loader.sampler)
+
+
+def test_set_epoch_wins() -> None:
+    infobatch = make()
+    loader: Any = infobatch.loader(Samples(), B)
+    orders = []
+    for epoch in range(EPOCHS):
+        iter(loader.sampler)  # as Lightning does, before it sets the epoch
+        loader.sampler.set_epoch(epoch)
+        orders += train(infobatch, loader, range(epoch, epoch + 1))
+    assert orders == expected()
+
+
+def test_accumulation_and_updates_after_the_epoch() -> None:
+    infobatch, waiting = make(), []
+    loader = infobatch.loader(Samples(), B)
+    for epoch in range(2):
+        waiting = [(losses_of(y, epoch), batch) for (_, y), batch in loader]
+        for losses, batch in waiting:
+            infobatch.update(losses, batch)
+    assert infobatch.plan is not None
+    assert infobatch.plan.epoch == 1
+    assert len(waiting) == len(infobatch.plan) / B
+
+
+@pytest.mark.parametrize("stop", [1, 5, 12])
+@pytest.mark.parametrize("policy", ["soft", "repb", "hard"])
+def test_a_state_saved_in_mid_epoch_goes_on_with_the_rest(policy: str, stop: int, tmp_path) -> None:
+    orders = expected(policy=policy)
+    infobatch = make(policy=policy)
+    loader = infobatch.loader(Samples(), B)
+    train(infobatch, loader, range(2))
+    number = 0
+    for number, ((_, y), batch) in enumerate(loader, 1):
+        infobatch.update(losses_of(y, 2), batch)
+        if number == min(stop, len(orders[2]) // B):
+            break
+    torch.save(infobatch.state_dict(), tmp_path / "state")
+    again = make(policy=policy)
+    loader = again.loader(Samples(), B)
+    again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    rest = [] if number * B >= len(orders[2]) else [orders[2][number * B :]]
+    got = []
+    for epoch in range(3 - len(rest), EPOCHS):
+        order = []
+        for (_, y), batch in loader:
+            again.update(losses_of(y, epoch), batch)
+            order += batch.indices.tolist()
+        got.append(order)
+    assert got == rest + orders[3:]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+def test_stateful_dataloader_resumes_bit_for_bit() -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    orders = expected()
+
+    def build(infobatch: InfoBatch) -> Any:
+        return stateful(
+            infobatch.wrap(Samples()),
+            B,
+            sampler=infobatch.sampler(B),
+            collate_fn=infobatch.collate(),
+        )
+
+    infobatch = make()
+    loader = build(infobatch)
+    train(infobatch, loader, range(2))
+    for number, ((_, y), batch) in enumerate(loader, 1):
+        infobatch.update(losses_of(y, 2), batch)
+        if number == 3:
+            break
+    states = infobatch.state_dict(), loader.state_dict()
+    again = make()
+    loader = build(again)
+    again.load_state_dict(states[0])
+    loader.load_state_dict(states[1])
+    got = []
+    for epoch in range(2, EPOCHS):
+        order = []
+        for (_, y), batch in loader:
+            again.update(losses_of(y, epoch), batch)
+            order += batch.indices.tolist()
+        got.append(order)
+    assert got == [orders[2][3 * B :], *orders[3:]]
+
+
+def test_copies_and_pickles_of_the_wrapped_data() -> None:
+    infobatch = make()
+    wrapped = infobatch.wrap(Samples("dict"))
+    for other in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        assert len(other) == N
+        assert other.form == "dict"
+
+
+def test_check_says_what_is_wrong() -> None:
+    infobatch = make()
+    good = infobatch.loader(Samples(), B)
+    assert infobatch.check(good) == f"{N} of {N} samples, each once, in 13 batches"
+    assert train(infobatch, good, range(EPOCHS)) == expected()  # a dry pass changed nothing
+
+    infobatch = make()
+
+    class Heavier:
+        def __call__(self, picked: Any) -> Any:
+            data, batch = infobatch.collate()(picked)
+            return data, Batch(batch.indices, batch.weights * 2)
+
+    parts: Any = infobatch.wrap(Samples()), B
+    collates: Any = {"^collate_fn must give ": len, "^weights of batch 0 are not": Heavier()}
+    for message, collate in collates.items():
+        loader = DataLoader(*parts, sampler=infobatch.sampler(B), collate_fn=collate)
+        with pytest.raises(ValueError, match=message):
+            infobatch.check(loader)
+    with pytest.raises(ValueError, match=r"^sampler of the loader must be infobatch.sampler\(\)"):
+        infobatch.check(DataLoader(*parts))
+
+
+def test_mistakes_get_one_line() -> None:
+    infobatch = make()
+    with pytest.raises(ValueError, match=r"^dataset must have the 103 samples .*, got 7$"):
+        infobatch.loader(Samples(n=7), B)
+    with pytest.raises(
+        TypeError, match=r"^dataset must have __getitem__ and __len__, got generator"
+    ):
+        infobatch.loader((i for i in range(3)), B)
+    with pytest.raises(ValueError, match=r"^shuffle must be left to the InfoBatch"):
+        infobatch.loader(Samples(), B, shuffle=True)
+    with pytest.raises(TypeError, match=r"^a pick of infobatch.sampler\(\) must come"):
+        next(iter(DataLoader(infobatch.wrap(Samples()), B)))
+    loader = infobatch.loader(Samples(), B)
+    list(loader)
+    with pytest.warns(UserWarning, match=r"^the first epoch is given again, as update\(\)"):
+        list(loader)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_any_scheduler_ends_where_it_should(accumulate: int) -> None:
+    infobatch = make()
+    loader = infobatch.loader(Samples(), B)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    total = EPOCHS * len(loader)
+    onecycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=total)
+    schedule = ProgressLR(onecycle, infobatch, total)
+    rates, steps = [], 0
+    for epoch in range(EPOCHS):
+        for (_, y), batch in loader:
+            infobatch.update(losses_of(y, epoch), batch)
+            steps += 1
+            if steps % accumulate == 0:
+                optimizer.step()
+                schedule.step()
+                rates.append(optimizer.param_groups[0]["lr"])
+    schedule.step()
+    assert steps < total
+    assert schedule.taken == total == onecycle.last_epoch
+    assert max(rates) == pytest.approx(0.4, rel=0.05)
+    assert rates[-1] < 0.01 * max(rates)
