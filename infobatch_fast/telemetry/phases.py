@@ -25,17 +25,7 @@ class Phases:
 
     So the phases add up to all the time that passed. On a GPU it is the time of the current stream,
     from CUDA events that no one waits for until `read`; elsewhere that of the monotonic clock.
-
-    Args:
-        device: whose time is measured.
-        enabled: False measures nothing and costs nothing.
-
-    Example:
-        >>> phases = Phases(torch.device("cpu"))
-        >>> with phases("step"), phases("update"):
-        ...     pass
-        >>> sorted(phases.read())
-        ['other', 'step', 'update']
+    Where it is not enabled it measures nothing and costs nothing.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
@@ -67,7 +57,7 @@ class Phases:
             yield item
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last reading; no phase at all where it is not enabled.
+        """Seconds by phase since the last reading.
 
         Call it where the host has waited for the device anyway, at the end of an epoch: it waits
         for the last event.

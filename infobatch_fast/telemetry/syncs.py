@@ -21,12 +21,7 @@ class HostSync(RuntimeError):
 
 
 class HostSyncs:
-    """What `host_syncs` saw.
-
-    Attributes:
-        count: host syncs so far.
-        places: how many of them by place, as "file.py:line" on a GPU, by operation on a CPU.
-    """
+    """What `host_syncs` saw: in `places` as "file.py:line" on a GPU, by operation on a CPU."""
 
     def __init__(self, cuda: bool, mode: str) -> None:
         self.places: Counter[str] = Counter()
@@ -74,10 +69,7 @@ def host_syncs(device: torch.device, action: str) -> Iterator[HostSyncs]:
 
     Raises:
         HostSync: at a host sync that was forbidden.
-        ValueError: there is no such action.
     """
-    if action not in _MODES:
-        raise ValueError(f"action must be one of {', '.join(_MODES)}, got {action}")
     watch = HostSyncs(device.type == "cuda", _MODES[action])
     if action == "off":
         yield watch
@@ -125,19 +117,15 @@ class _HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_READS = {  # item(), bool(), int(); and sizes that depend on values
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten.bincount.default,
-    torch.ops.aten._unique2.default,
-    torch.ops.aten.unique_dim.default,
-    torch.ops.aten.unique_consecutive.default,
-    torch.ops.aten.repeat_interleave.Tensor,
-    torch.ops.aten.equal.default,
-    torch.ops.aten.allclose.default,
+_aten = torch.ops.aten
+# item(), bool(), int(); and sizes that depend on values
+_READS = {
+    *(_aten._local_scalar_dense.default, _aten.equal.default, _aten.allclose.default),
+    *(_aten.nonzero.default, _aten.masked_select.default, _aten.bincount.default),
+    *(_aten._unique2.default, _aten.unique_dim.default, _aten.unique_consecutive.default),
+    _aten.repeat_interleave.Tensor,
 }
-_INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
+_INDEXED = {_aten.index.Tensor, _aten.index_put_.default}
 
 
 def _by_mask(indices: Any) -> bool:
