@@ -19,6 +19,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
+@pytest.mark.filterwarnings("ignore:epoch 2 leaves out nothing")  # the scores came by no update()
 @pytest.mark.parametrize("samples", [1, 2, 127, 50_000])
 def test_an_epoch_is_what_torch_draws_on_the_cpu(device: str, samples: int) -> None:
     # Whole numbers, whose mean is the same in whatever order they are added; one in 17 unseen.
