@@ -39,7 +39,7 @@ from infobatch_fast.report.text import seconds as in_seconds
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Say, command, is_out_of_memory, parse
 from infobatch_fast.train.loop import find_device
-from infobatch_fast.train.records import write_atomically
+from infobatch_fast.train.records import make_folder, write_atomically
 
 Call = Callable[[], object]
 Timer = Callable[[Call, torch.device], float]
@@ -250,7 +250,7 @@ class Bench:
             **record.provenance(device),
         }
         self._cold: torch.Tensor | None = None
-        record.make_folder(path.parent)
+        make_folder(path.parent)
         self._write()  # what cannot be written is known before the measuring
 
     def compare(
@@ -489,7 +489,7 @@ def main(
         options = options.settle(device.type == "cuda")
         folder = options.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = folder.expanduser()
-        record.make_folder(folder)
+        make_folder(folder)
         record.check_empty(folder)
         asked = {key: value for key, value in asdict(options).items() if key != "out"}
         asked |= {"load_average": load, "cores": os.cpu_count() or 1}

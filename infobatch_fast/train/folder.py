@@ -18,16 +18,7 @@ import torch
 import infobatch_fast
 from infobatch_fast.errors import UserError
 from infobatch_fast.telemetry import nvml
-from infobatch_fast.train.records import (  # noqa: F401
-    CHECKPOINT,
-    CONFIG,
-    EPOCHS,
-    RESULTS,
-    SUMMARY,
-    WEIGHTS,
-    atomically,
-    make_folder,
-)
+from infobatch_fast.train.records import CHECKPOINT, CONFIG, EPOCHS, atomically
 
 CHECKPOINT_VERSION = 1
 

@@ -75,7 +75,7 @@ class Ledger:
 
     def _clear(self) -> None:
         # Since the last epoch was closed; None is "not measured".
-        self.spent: dict[str, Any] = {**dict.fromkeys((*SECONDS, *JOULES), 0.0)}
+        self.spent: dict[str, Any] = {name: 0.0 for name in (*SECONDS, *JOULES)}
         self.spent["startup_images"] = 0
         self.phases: dict[str, float] | None = dict.fromkeys(PHASES, 0.0)
 
@@ -106,23 +106,20 @@ class Ledger:
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # a few times an epoch: what is queued is this account's
         then, self._then = self._then, (time.perf_counter(), self.meter.joules())
+        seconds, joules = self._then[0] - then[0], _sum([self._then[1], then[1] and -then[1]])
         phases = self.step.phases.read()
-        passed: dict[str, float | None] = {
-            "seconds": self._then[0] - then[0],
-            "joules": _plus(self._then[1], then[1], -1),
-        }
+        passed: dict[str, float | None] = {"seconds": seconds, "joules": joules}
         if self._account == "train":
             # What the phases took of it for pruning is counted as that instead.
             pruning = sum(phases.get(name, 0.0) for name in PRUNING) if phases else None
-            passed["pruning_seconds"] = pruning
-            passed["train_seconds"] = _plus(passed["seconds"], pruning or 0.0, -1)
-            passed["train_joules"] = passed["joules"]
+            passed |= {"train_seconds": seconds - (pruning or 0.0), "pruning_seconds": pruning}
+            passed["train_joules"] = joules
         elif self._account is not None:
-            passed[f"{self._account}_seconds"] = passed["seconds"]
+            passed[f"{self._account}_seconds"] = seconds
         if self._account == "startup":
             phases = {"startup": sum(phases.values())}
         for name, amount in passed.items():
-            self.spent[name] = _plus(self.spent[name], amount)
+            self.spent[name] = _sum([self.spent[name], amount])
         if not self.step.phases.enabled:
             self.phases = None  # of a part of the epoch they are not known
         if self.phases is not None:
@@ -130,25 +127,15 @@ class Ledger:
                 self.phases[name] += seconds
         self._account = account
 
-    def close_epoch(
-        self,
-        plan: Plan,
-        counts: Counts,
-        *,
-        lr: float,
-        accuracy: float | None,
-        host_syncs: int | None,
-        histogram: dict[str, Any] | None,
-    ) -> EpochLine:
+    def close_epoch(self, plan: Plan, counts: Counts, **measured: Any) -> EpochLine:
         """Record the epoch, and begin to count what the next one spends.
 
-        Raises:
-            UserError: the disk is full.
+        Args:
+            measured: lr, accuracy, host_syncs and score_histogram, as in `EpochLine`.
         """
         self.samples.close_epoch(plan, self.infobatch.scores)
         self._lap(None)
         self.epoch += 1
-        images = len(plan) - self.spent["startup_images"]
         line = EpochLine(
             epoch=self.epoch,
             kept=len(plan),
@@ -156,14 +143,11 @@ class Ledger:
             ratio=plan.ratio,
             expected_saving=plan.expected_saving,
             loss=counts.loss,
-            lr=lr,
-            accuracy=accuracy,
-            images_per_second=images / _training(self.spent) if images else None,
+            images_per_second=_speed(len(plan), self.spent),
             skipped_steps=counts.skipped,
-            **self.spent,
-            host_syncs=host_syncs,
             phases=self.phases,
-            score_histogram=histogram,
+            **self.spent,
+            **measured,
         )
         self._clear()
         self.history.append(line)
@@ -273,23 +257,20 @@ class Ledger:
     def _summary(self, data: Dataset, forms: dict[str, Any]) -> Summary:
         self._lap(None)
         history = self.history
-        evaluated = [line for line in history if line.accuracy is not None]
-        best = max(evaluated, key=lambda line: line.accuracy or 0.0)
-        total: dict[str, Any] = dict(self.spent)  # after the last epoch, of a checkpoint say
-        for line in history:
-            for name in total:
-                total[name] = _plus(total[name], getattr(line, name))
-        images = total.pop("startup_images")
+        evaluated = [(line.accuracy, -line.epoch) for line in history if line.accuracy is not None]
+        best, epoch = max(evaluated)  # the earliest of those
+        # What came after the last epoch, a checkpoint say, is in no epoch's line.
+        spent = {n: _sum([*(getattr(x, n) for x in history), self.spent[n]]) for n in self.spent}
+        phases = [*(line.phases for line in history), self.phases]
         trained, full = sum(line.kept for line in history), data.labels.numel() * len(history)
         # What an epoch takes is known from those that compiled, captured and tuned nothing.
         settled = [_training(asdict(line)) for line in history if not line.startup_seconds]
-        joules = total["train_joules"]
-        an_image = None if joules is None or images == trained else joules / (trained - images)
-        phases = [*(line.phases for line in history), self.phases]
+        timed, joules = trained - spent["startup_images"], spent["train_joules"]
+        an_image = joules / timed if timed and joules is not None else None
         return Summary(
-            accuracy_last=evaluated[-1].accuracy or 0.0,
-            accuracy_best=best.accuracy or 0.0,
-            accuracy_best_epoch=best.epoch,
+            accuracy_last=evaluated[-1][0],
+            accuracy_best=best,
+            accuracy_best_epoch=-epoch,
             loss_last=history[-1].loss,
             epochs=len(history),
             samples_trained=trained,
@@ -297,14 +278,14 @@ class Ledger:
             saved_share=(full - trained) / full,
             expected_saving=sum(line.expected_saving or 0.0 for line in history) / len(history),
             target_saving=self.settings.pruning.target_saving,
-            **total,
+            **spent,
             epoch_seconds=statistics.median(settled) if settled else None,
             phases=None if None in phases else {n: sum(p[n] for p in phases if p) for n in PHASES},
-            images_per_second=None if images == trained else (trained - images) / _training(total),
+            images_per_second=_speed(trained, spent),
             skipped_steps=sum(line.skipped_steps for line in history),
             # Else it is, in whole or in part, in the time of the step.
             update_timed=not (self.step.by_kernels or forms["captured"]),
-            host_syncs=_total([line.host_syncs for line in history]),
+            host_syncs=_sum([line.host_syncs for line in history]),
             joules_per_image=an_image,
             # An estimate: had the samples saved cost what those trained on did.
             joules_saved=None if an_image is None else an_image * (full - trained),
@@ -322,12 +303,14 @@ def _training(spent: dict[str, Any]) -> float:
     return spent["train_seconds"] + (spent["pruning_seconds"] or 0.0)
 
 
-def _plus(value: float | None, other: float | None, sign: int = 1) -> float | None:
-    return None if value is None or other is None else value + sign * other
+def _speed(images: int, spent: dict[str, Any]) -> float | None:
+    """Images a second, without start-up; None where nothing else was."""
+    timed = images - spent["startup_images"]
+    return timed / _training(spent) if timed else None
 
 
-def _total(values: list[int | None]) -> int | None:
-    return None if None in values else sum(value for value in values if value is not None)
+def _sum(values: list[Any]) -> Any:
+    return None if None in values else sum(values)
 
 
 class SampleRecord:

@@ -140,7 +140,7 @@ def train(
                 bar.update(start)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
-                step.forward.train()
+                model.train()
                 with _watch(settings, device, settings.host_syncs) as watch:
                     batches = phases.each("wait", loader.epoch(plan, start))
                     for number, (images, labels, batch) in enumerate(batches, start + 1):
@@ -173,7 +173,7 @@ def train(
                 lr=_schedule(settings, epoch, steps, steps)[0],
                 accuracy=accuracy,
                 host_syncs=syncs,
-                histogram=score_histogram(infobatch.scores) if settings.telemetry else None,
+                score_histogram=score_histogram(infobatch.scores) if settings.telemetry else None,
             )
             say(console.epoch_line(line, settings, samples))
             plan, start = None, 0

@@ -130,6 +130,7 @@ class Summary:
     peak_memory_bytes: int
     data: str
     startup_seconds: float = 0.0
+    startup_images: int = 0
     epoch_seconds: float | None = None
     seconds: float | None = None
     expected_saving: float | None = None
