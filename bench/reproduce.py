@@ -303,22 +303,22 @@ def train(options: Options, say: Say) -> dict[str, str]:
         how = [*planned.words, "--out", str(folder)]
         if planned.about is not None:
             how = ["--resume", str(folder)]
-            _wait_for(folder)
 
         def show(line: str, prefix: str = prefix) -> None:
             if line.startswith(("epoch ", "WARNING")):
                 say(f"{prefix} {line}")
 
         say(f"{prefix} {planned.name}{'' if planned.about is None else ', continued'}")
+        _wait_for(folder)
         try:
             code, why = run_child(options.command(how), log, show)
         except Interrupted as stop:
             write_results(options.out, make_plan(options), failed)
             message = f"stopped; {done} of {len(plan)} runs are done; the same command continues"
             raise Interrupted(stop.number, message) from None
-        if code == 2 and planned.about is None and not done:
+        if code == 2 and planned.about is None and not done and not failed:
             raise UserError(why)
-        if code or not (folder / records.SUMMARY).exists():
+        if not (folder / records.SUMMARY).exists():
             failed[planned.name] = why
             say(f"{prefix} failed: {why}; see {log}")
 
