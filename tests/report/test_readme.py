@@ -1,0 +1,24 @@
+"""The README's table of results is what the report says of the committed records."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infobatch_fast.report.page import terminal
+from infobatch_fast.report.read import read
+from infobatch_fast.report.runs import sections
+from infobatch_fast.report.tables import answer
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACE = re.compile(r"<!-- python -m infobatch_fast.report (\S+) -->\n(.*?)<!-- end -->", re.S)
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a checkout")
+def test_the_readme_holds_the_committed_records() -> None:
+    found = PLACE.findall((ROOT / "README.md").read_text())
+    assert found
+    for folder, text in found:
+        [section] = sections(read([ROOT / folder]).runs)
+        rows = [line for line in terminal(answer(section)) if line.startswith("|")]
+        assert text.splitlines() == rows
