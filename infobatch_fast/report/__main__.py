@@ -15,7 +15,7 @@ import tyro
 
 from infobatch_fast.errors import UserError
 from infobatch_fast.report.benchmarks import benchmark_tables
-from infobatch_fast.report.page import MARK, Block, Heading, Table, markdown, page, terminal
+from infobatch_fast.report.page import MARK, Block, Heading, Table, Text, markdown, page, terminal
 from infobatch_fast.report.plots import plots
 from infobatch_fast.report.read import Inputs, read
 from infobatch_fast.report.runs import sections
@@ -51,15 +51,19 @@ def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
     found = sections(inputs.runs)
     first: list[Block] = []
     rest: list[Block] = []
-    for number, section in enumerate(found):
-        level = 1 if number == 0 else 2
-        head: list[Block] = [Heading(section.title, level), *answer(section)]
+    for section in found:
         body: list[Block] = [*reported_tables(section)]
         if differences := paired_table(section):
             body += [Heading("Differences", 2), *differences]
-        body += [Heading("Runs", 2), *run_table(section)]
-        body += [Heading("Plots", 2), *plots(section)]
-        first, rest = (head, body) if number == 0 else (first, [*rest, *head, *body])
+        body += [Heading("Runs", 2), *run_table(section), Heading("Plots", 2), *plots(section)]
+        if first:
+            below = [b._replace(level=3) if isinstance(b, Heading) else b for b in body]
+            rest += [Heading(section.title, 2), *answer(section), *below]
+        else:
+            first += [Heading(section.title, 1), *answer(section)]
+            rest += body
+    if others := [section.title for section in found[1:]]:
+        first.append(Text(f"Further settings, below: {'; '.join(others)}.", "aside"))
     tables = benchmark_tables(inputs.benchmarks)
     if tables:
         where = rest if first else first

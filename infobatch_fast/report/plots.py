@@ -36,8 +36,6 @@ STYLE: dict[Any, Any] = {
     **{"figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True},
     **{"svg.fonttype": "none", "font.family": "sans-serif", "savefig.transparent": True},
 }
-_AXES = {"epoch": "epoch", "trained": "samples trained on (millions)"}
-_AXES |= {"accuracy": "test accuracy (%)", "kept": "kept (%)"}
 _MOST_TRAININGS = 16
 _MOST_INSIDE = 4  # runs
 _MOST_CLASSES = 20
@@ -56,15 +54,10 @@ def plots(section: Section) -> list[Block]:
     blocks: list[Block] = []
     if len(whole) > 1:
         _ends(whole[:_MOST_TRAININGS], blocks)
-    for x, y, title in (
-        ("trained", "accuracy", "Accuracy by samples trained on"),
-        ("epoch", "accuracy", "Accuracy by epoch"),
-        ("epoch", "kept", "Samples kept in each epoch"),
-    ):
-        if shown and (x == "epoch" or len(whole) < 2):
+    for y, title in (("accuracy", "Accuracy by epoch"), ("kept", "Samples kept in each epoch")):
+        if shown:
             with _figure(title, "Means over seeds; the last point is marked.", blocks) as figure:
-                axes = figure.add_subplot(xlabel=_AXES[x], ylabel=_AXES[y])
-                _lines(axes, shown, x, y)
+                _lines(figure.add_subplot(xlabel="epoch", ylabel=f"{y} (%)"), shown, y)
     _phases(grouped, blocks)
     if len(grouped) > len(shown):
         left = counted(len(grouped) - len(shown), "further training")
@@ -106,7 +99,6 @@ def _history(runs: Sequence[Run]) -> pd.DataFrame:
         pd.DataFrame(
             {
                 "epoch": [line.epoch for line in run.epochs],
-                "trained": np.cumsum([line.kept for line in run.epochs]) / 1e6,
                 "accuracy": [of and 100 * of for of in (line.accuracy for line in run.epochs)],
                 "kept": [100 * line.kept / run.size for line in run.epochs],
             }
@@ -120,7 +112,7 @@ def _ends(whole: Sequence[Training], blocks: list[Block]) -> None:
     """Where each run ended; the line through full data is what pruning has to be above."""
     about = "The end of each run, larger the mean. The line joins full data, whole and shorter."
     with _figure("Last accuracy by samples trained on", about, blocks) as figure:
-        axes = figure.add_subplot(xlabel=_AXES["trained"], ylabel=_AXES["accuracy"])
+        axes = figure.add_subplot(xlabel="samples trained on (millions)", ylabel="accuracy (%)")
         marks = "os^DvPX"  # seven, so that no pair of colour and mark repeats
         full = pd.DataFrame([t.frame.mean(numeric_only=True) for t in whole if t.pruning == FULL])
         if len(full):
@@ -134,12 +126,12 @@ def _ends(whole: Sequence[Training], blocks: list[Block]) -> None:
         _legend(axes)
 
 
-def _lines(axes: Axes, shown: dict[str, pd.DataFrame], x: str, y: str) -> None:
+def _lines(axes: Axes, shown: dict[str, pd.DataFrame], y: str) -> None:
     floors = []
     for name, history in shown.items():
         known = history.dropna(subset=[y])
-        (line,) = axes.plot(known[x], known[y], label=name)
-        axes.plot(known[x].tail(1), known[y].tail(1), "o", color=line.get_color(), markersize=4)
+        (line,) = axes.plot(known["epoch"], known[y], label=name)
+        axes.plot(known["epoch"].tail(1), known[y].tail(1), "o", color=line.get_color(), ms=4)
         floors += [known[y].iloc[len(known) // 4]] if len(known) > 4 else []
     if floors and y == "accuracy":  # the first epochs are far below; the end is what is read
         axes.set_ylim(bottom=min(floors))

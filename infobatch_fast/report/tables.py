@@ -143,6 +143,10 @@ def reported_tables(section: Section) -> list[Block]:
         known = [value for value in values if value is not None]
         return mean(known, digits) if known else "not measured"
 
+    def timed(of: Pruning, figure: Callable[[Run], float | None], digits: int = 2) -> str:
+        several = len({(run.device, run.form) for run in ours.get(of.method, [])}) > 1
+        return "several devices" if several else measured(of, figure, digits)
+
     def overhead(run: Run) -> float | None:
         return None if run.pruning_seconds is None else run.pruning_seconds / len(run.epochs)
 
@@ -151,8 +155,8 @@ def reported_tables(section: Section) -> list[Block]:
 
     cells = [
         [
-            *(*accuracy(of, percent), f"{minutes:.2f}", measured(of, lambda run: run.seconds / 60)),
-            *(f"{cost:.2f}" if cost else NONE, measured(of, overhead, 5)),
+            *(*accuracy(of, percent), f"{minutes:.2f}", timed(of, lambda run: run.seconds / 60)),
+            *(f"{cost:.2f}" if cost else NONE, timed(of, overhead, 5)),
             str(len(ours.get(of.method, []))),
         ]
         for of, (percent, minutes, cost) in REPORTED.items()

@@ -165,7 +165,7 @@ def test_lone_full_data_and_an_incomplete_run(
 
 
 def test_the_paper_stands_beside_its_own_setting_alone(
-    report: tuple[Path, str], tmp_path: Path
+    report: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "95.52" not in (report[0] / "report.md").read_text()
     out = tmp_path / "out"
@@ -181,6 +181,7 @@ def test_the_paper_stands_beside_its_own_setting_alone(
     assert rows[0][5:] == ["1.03", "0.49560 ± 0.00000", "2"]
     assert rows[1][1:] == ["95.53", "95.20 ± 0.14", "2"]
     assert text.index("r50") < text.index("small on")
+    assert "small on" in capsys.readouterr().out  # the first screen says what else there is
     assert "energy" in text
 
 
