@@ -33,6 +33,13 @@ def change(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_the_form_says_what_fell_back(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"host_syncs": "count"})
+    change(folder / "summary.json", loader="TorchLoader", compiled=True, captured=False)
+    (run,) = read([folder]).runs
+    assert run.form == "TorchLoader, compiled, host syncs watched"
+
+
 def test_seconds_an_epoch_leave_start_up_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", FULL)
     rows = [json.loads(row) for row in (folder / "epochs.jsonl").read_text().splitlines()]
