@@ -21,7 +21,7 @@ from infobatch_fast.plan import Batch, Plan
 from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.train.graph import GraphStep
 from infobatch_fast.train.models import make_model
-from infobatch_fast.train.optim import LARS, make_optimizer
+from infobatch_fast.train.optim import make_optimizer
 from infobatch_fast.train.step import WARM_UP, TrainStep
 
 LR, MOMENTUM = 0.01, 0.9  # a step's time does not depend on them
@@ -48,7 +48,7 @@ class Form:
     graph: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
     loss_kernel: bool = True
-    fused: bool | None = None
+    fused: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +100,7 @@ class Trained:
             phases=Phases(self.device, enabled=False),
             loss_kernel=form.loss_kernel,
         )
-        if (form.fused is False or not form.loss_kernel) and not self.plain.by_kernels:
+        if not (form.fused and form.loss_kernel) and not self.plain.by_kernels:
             raise Absent("the kernels that it would do without are not here")
         self.step: TrainStep | GraphStep = self.plain
         if form.graph:
@@ -113,9 +113,13 @@ class Trained:
         """The steps that compile and tune; then those of a graph are captured."""
         self.train([fed] * WARM_UP)
         if isinstance(self.step, GraphStep):
-            self.step.capture()
+            try:
+                self.step.capture()
+            except Exception as error:
+                # Of the capture's end, it says less than what went wrong within.
+                raise Absent(f"not captured: {reason(error.__context__ or error)}") from None
             if not self.step.captured:
-                raise Absent("the step was not captured")
+                raise Absent("not captured")
             self.train([fed])
         if self.form.compile and not self.plain.compiled:
             raise Absent("the network was not compiled")
@@ -133,27 +137,21 @@ def make_network(model: str, layout: torch.memory_format, seed: int, device: tor
     return network.to(device=device, memory_format=layout)
 
 
-def make_lars(network: nn.Module, fused: bool | None) -> torch.optim.Optimizer:
-    """The trainer's optimizer of `paper`; fused False is without our kernel."""
-    if fused is None:
-        return make_optimizer("lars", network, lr=LR, weight_decay=5e-4, momentum=MOMENTUM)
-    device = next(network.parameters()).device
-    lr, momentum = (torch.full((), value, device=device) for value in (LR, MOMENTUM))
-    return LARS(network.parameters(), lr, momentum=momentum, weight_decay=5e-4, fused=fused)
-
-
 def trained_sides(
     model: str, form: Form, loader: Loader, plan: Plan, steps: int, seed: int
 ) -> dict[str, Callable[[], Side]]:
     """A network alone, on one batch that stays on the device, and the same fed by our loader."""
+    resident = list(feed(loader, plan, 1)) * steps  # held: DALI must not release it in a capture
 
     @cache
     def trained() -> Trained | Exception:
         infobatch = InfoBatch(len(plan), 1, device=plan.indices.device)
         network = make_network(model, form.layout, seed, infobatch.scores.device)
         try:
-            made = Trained(network, make_lars(network, form.fused), infobatch, form)
-            made.warm_up(next(feed(loader, plan, 1)))
+            how = {"lr": LR, "weight_decay": 5e-4, "fused": form.fused}
+            optimizer = make_optimizer("lars", network, **how)
+            made = Trained(network, optimizer, infobatch, form)
+            made.warm_up(resident[0])
         except Exception as error:  # not tried again for the other side
             return error
         return made
@@ -164,7 +162,6 @@ def trained_sides(
             raise made
         return Side(lambda: made.train(batches()))
 
-    resident = list(feed(loader, plan, 1)) * steps
     return {
         "alone": lambda: ready(lambda: resident),
         "fed": lambda: ready(lambda: feed(loader, plan, steps)),

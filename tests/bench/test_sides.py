@@ -27,7 +27,6 @@ from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch
 from infobatch_fast.report.lines import Line, read_lines
-from infobatch_fast.train import graph
 from infobatch_fast.train.models import make_model
 
 CPU = torch.device("cpu")
@@ -268,11 +267,7 @@ def test_a_captured_form_replays_and_one_that_is_not_captured_is_absent(monkeypa
     before = [each.replays for each in cuda.graphs]
     pair.side("with", 5).call()
     assert sorted(a.replays - b for a, b in zip(cuda.graphs, before, strict=True)) == [0, 5]
-
-    def fail(self, inputs):
-        raise RuntimeError("operation not permitted\nwhen capturing")
-
-    monkeypatch.setattr(graph.GraphStep, "_capture", fail)
+    cuda.fails = RuntimeError("operation not permitted\nwhen capturing")
     options = overhead.Overhead(quick=True, batch_size=20).settle(cuda=False)
     assert overhead.measure_step(bench, options, 400, "captured", form) is None
     (line,) = bench.lines
