@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from steps_made import ON, make_step
+from steps_made import ON, FakeCuda, make_step
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from infobatch_fast.data.loader import make_loader
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.telemetry.syncs import host_syncs, trace_syncs
-from infobatch_fast.train import main
+from infobatch_fast.train import config, loop, main
 from infobatch_fast.train.records import CHECKPOINT, EPOCHS, SUMMARY, WEIGHTS
 
 SYNTHETIC = "--dataset synthetic --synthetic-samples"
@@ -106,6 +106,25 @@ def test_a_stopped_run_goes_on_as_the_one_that_was_not(
     for name, want in runs[0].items():
         off = (runs[1][name].double() - want.double()).abs().nan_to_num().max()
         assert off <= limit * want.double().abs().nan_to_num().max(), name
+
+
+@pytest.mark.usefixtures("like_for_like")
+@pytest.mark.parametrize("device", ON)
+def test_a_captured_run_trains_as_the_eager_one_and_says_so(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu":
+        FakeCuda(monkeypatch)
+        settle = config.settle  # which refuses it on a CPU
+        monkeypatch.setattr(config, "settle", lambda run, name, _: settle(run, name, "cuda"))
+        monkeypatch.setattr(loop, "obstacle", lambda step: None)
+    words = f"{TINY} --device {device} --optimizer lars --epochs 3 --whole-batches"
+    eager, _ = train(tmp_path / "eager", f"{words} --no-graph")
+    captured, lines = train(tmp_path / "captured", f"{words} --graph")
+    assert (eager["captured"], captured["captured"]) == (False, True)
+    assert captured["samples_trained"] == eager["samples_trained"]
+    assert captured["loss_last"] == pytest.approx(eager["loss_last"], rel=1e-2)
+    assert [line["startup_seconds"] > 0 for line in lines] == [device == "cuda", True, False]
 
 
 @pytest.mark.gpu
