@@ -136,9 +136,7 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(
-            f"checkpoint {path} does not fit {settings.model}: {reason(error)}"
-        ) from None
+        raise UserError(f"{path} does not fit {settings.model}: {reason(error)}") from None
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     accuracy = evaluate(model, data, settings.amp)
     say(
@@ -173,8 +171,6 @@ def load_data(
         settings.synthetic_samples,
         max(1, settings.synthetic_samples // 5),
         settings.synthetic_classes,
-        easy=settings.synthetic_easy,
-        hard=settings.synthetic_hard,
         seed=settings.seed,
         device=device,
     ).part(settings.data_fraction)

@@ -15,14 +15,12 @@ REACHED = 0.001  # of all samples: whole samples and batches need not meet a tar
 
 def preset_line(settings: Config, chosen: bool) -> str:
     """Which preset is taken, why, and how to have the other."""
-    if chosen:
-        return f"preset     {settings.preset}, as asked for"
-    if settings.preset == "quick":
-        return (
-            "preset     quick, a demonstration, as there is no CUDA device to use; "
-            "--preset paper has the reported recipe"
-        )
-    return "preset     paper, the reported recipe; --preset quick has a short demonstration"
+    why = {
+        "paper": "the reported recipe; --preset quick has a short demonstration",
+        "quick": "a demonstration, as there is no CUDA device to use; --preset paper has the "
+        "reported recipe",
+    }
+    return f"preset     {settings.preset}, {'as asked for' if chosen else why[settings.preset]}"
 
 
 def header(

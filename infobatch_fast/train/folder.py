@@ -25,9 +25,7 @@ CHECKPOINT_VERSION = 1
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a run's folder, by the system's lock on the folder.
-
-    It leaves nothing behind, and ends with the process, however that ends.
+    """Keep other processes from training in a run's folder; it ends with the process at the latest.
 
     Raises:
         UserError: another process has it, or the folder cannot be opened.
@@ -49,11 +47,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_empty(folder: Path) -> None:
-    """Raise UserError if a run's folder holds something.
-
-    What an atomic write left behind when it was killed is nothing.
-    """
-    try:
+    """Raise UserError if a run's folder holds something."""
+    try:  # what an atomic write left behind when it was killed is nothing
         content = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
@@ -90,11 +85,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def describe(device: torch.device) -> dict[str, Any]:
     """What the run's device is, for the record and the header."""
     if device.type != "cuda":
-        return {
-            "type": device.type,
-            "name": _processor(),
-            "threads": torch.get_num_threads(),
-        }
+        return {"type": device.type, "name": _processor(), "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(device)
     return {
         "type": "cuda",

@@ -53,8 +53,7 @@ class Ledger:
     """The state of a run outside the training step.
 
     Args:
-        settings: saved in checkpoints, and compared when one is loaded.
-        step: the training step of an InfoBatch, whose state the checkpoints hold.
+        step: of an InfoBatch; its state is in the checkpoints.
         path: the run's folder.
         meter: of the device's energy.
     """
@@ -240,11 +239,7 @@ class Ledger:
         """Write what a finished run leaves: arrays of the samples, weights and summary.
 
         Args:
-            data: what was trained on.
             forms: compiled, captured and loader, as in `Summary`.
-
-        Raises:
-            UserError: the disk is full.
         """
         self.samples.write(self.path, data, self.infobatch.scores)
         state = self.step.model.state_dict()

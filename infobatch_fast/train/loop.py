@@ -45,12 +45,10 @@ def train(
     """Train, keeping the run's folder up to date, and return the summary.
 
     Args:
-        settings: of the run.
         data: on its device.
-        folder: the run's, with config.json in it.
+        folder: with config.json in it.
         saved: the checkpoint to continue from.
         interrupts: looked at after every step.
-        say: shows a line to the user.
 
     Raises:
         Diverged: too many steps were not finite.
@@ -208,8 +206,6 @@ def evaluate(
     Args:
         model: on the data's device, left in evaluation mode; not compiled: in this mode it would be
             compiled once more, which takes longer than a training's evaluations gain by it.
-        data: whose test images are taken.
-        amp: bf16, fp16 or off.
         interrupts: looked at after every batch.
     """
     device = data.test_images.device

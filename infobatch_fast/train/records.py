@@ -30,10 +30,9 @@ class EpochLine:
 
     Attributes:
         epoch: from 1.
-        kept: samples trained on, K.
-        prunable: samples that the policy allowed to be left out, n.
+        kept: samples trained on, K; prunable, those that the policy allowed to be left out, n.
         loss: mean of weight * loss over the steps taken; None where none was, or it is not finite.
-        lr: learning rate of the last step.
+        lr: of the last step.
         accuracy: share of the test set, in [0, 1]; None where it was not evaluated.
         images_per_second: images but those of start-up, over the seconds of training and pruning;
             None where it left no step to time.
@@ -44,9 +43,6 @@ class EpochLine:
             went through the steps that did it.
         ratio: share of the prunable samples to be left out, before rounding.
         expected_saving: share of all samples to be left out, by the policy's formula.
-        host_syncs: of the epoch, where they were counted.
-        phases: seconds by phase.
-        score_histogram: from `telemetry.phases.score_histogram`.
     """
 
     epoch: int

@@ -107,8 +107,6 @@ def soft_again(view):
         ("--weight-decay -1", "weight_decay -1"),
         ("--label-smoothing 1", "label_smoothing [0, 1) 1"),
         ("--seed -1", "seed -1"),
-        ("--synthetic-easy 2", "synthetic_easy 2"),
-        ("--synthetic-easy 0.7 --synthetic-hard 0.7", "synthetic_easy synthetic_hard 0.7"),
         ("--synthetic-samples 1", "synthetic_samples synthetic_classes 10 1"),
         ("--synthetic-samples 9999999999999", "synthetic_samples 9999999999999"),
         ("--synthetic-classes 50001", "synthetic_classes 50001 50000"),
@@ -144,7 +142,7 @@ def test_a_record_names_no_places_and_reads_back() -> None:
     assert again.recorded() == record
     assert config.differences(again, record) == []
     changed = {**record, "delta": 0.4, "loader": "dali", "alien": 1}
-    assert config.differences(again, changed) == ["alien", "delta"]
+    assert config.differences(again, changed) == ["delta"]
     # Older records lack what came later.
     new = ("score", "ratio_schedule", "target_saving", "data_fraction")
     older = {name: value for name, value in recorded().recorded().items() if name not in new}
@@ -155,7 +153,7 @@ def test_a_record_names_no_places_and_reads_back() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("ratio", "a"), ("ratio", 7), ("nonsense", 1), ("out", "x"), ("epochs", True)),
+        *(("ratio", "a"), ("ratio", 7), ("epochs", True)),
         *(("model", "r51"), ("score", 3), ("target_saving", 2), ("data_fraction", None)),
     ],
 )
