@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What is measured on a card, in the order of worth when time there is short.
 #
-#   bench/card.sh [--small] [--wait SECONDS] OUT [STEP ...]
+#   bench/card.sh [--small] [--wait SECONDS] [OUT [STEP ...]]
 #
-# OUT is the folder of logs, lines and records; steps by default: all. `runs` trains detached from
+# OUT is the folder of logs, lines and records, by default runs/card; steps by default: all. `runs` trains detached from
 # the caller, with its log in OUT/runs.log: called again it waits on, for --wait seconds (540, so
 # that a command may be bounded to ten minutes), and says how far it is. No step stops the next; the
 # last lines tell of each what it was, its seconds and its exit code. --small tries all of it at
@@ -20,7 +20,7 @@ while [[ ${1:-} == --* ]]; do
   esac
   shift
 done
-[ $# -ge 1 ] || { echo "error: OUT must name a folder" >&2; exit 2; }
+[ $# -gt 0 ] || set -- "$root/runs/card"
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift

@@ -109,17 +109,19 @@ def _ready(case: Case, function: Function, device: torch.device) -> Side:
             call()
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            # All kept until the end, or one repetition would write where the last one did.
-            kept = [call() for call in calls]
-        del kept
+        try:
+            with torch.cuda.graph(graph):
+                # All kept until the end, or one repetition would write where the last one did.
+                kept = [call() for call in calls]
+            del kept
 
-        def replay() -> None:
-            assert calls  # they hold the buffers, which the graph does not
-            graph.replay()
+            def replay() -> None:
+                assert calls  # they hold the buffers, which the graph does not
+                graph.replay()
 
-        more = {**case.more, "clock": "graph"}
-        return Side(replay, repetitions=len(calls), more=more, **how)
+            return Side(replay, len(calls), more={**case.more, "clock": "graph"}, **how)
+        except RuntimeError:  # it asks something of the host
+            torch.cuda.synchronize(device)
     turns = itertools.cycle(calls)
     more = {**case.more, "clock": "backlog" if device.type == "cuda" else "wall"}
     return Side(lambda: next(turns)(), more=more, **how)

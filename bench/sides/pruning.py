@@ -10,7 +10,7 @@ Dimensions: N samples, n well-learned, k of those kept, K kept in all, B batch.
 """
 
 import itertools
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,29 +29,11 @@ SIDES = ("device", "numpy", "none")
 TURNS = 64  # batches that updates take in turn
 
 
-class Pruner(Protocol):
-    """One way to prune. What `choose` and `batch` return, no one else looks into."""
-
-    def choose(self) -> Any:
-        """Draw an epoch from the scores."""
-
-    def epoch(self, chosen: Any) -> tuple[Indices, Floats]:
-        """A drawn epoch on the host: indices (K,) and weights (K,), in order."""
-        ...
-
-    def batch(self, chosen: Any, start: int, stop: int) -> Any:
-        """What `update` must know of the samples at positions start to stop of an epoch."""
-
-    def update(self, losses: Tensor, batch: Any) -> Tensor:
-        """Record the losses (B,) of a batch as scores; returns the loss () to differentiate."""
-        ...
-
-    def recorded(self, indices: Indices) -> Floats | None:
-        """Scores (B,) of these samples as they are now; None where none are kept."""
-
-
 class OnDevice:
-    """InfoBatch as it is used in training."""
+    """InfoBatch as it is used in training.
+
+    Every way to prune has its methods; what `choose` and `batch` return, no one else looks into.
+    """
 
     def __init__(self, scores: Floats, ratio: float, seed: int, device: torch.device) -> None:
         self.infobatch = InfoBatch(len(scores), 1, ratio, 1.0, seed, device)
@@ -59,15 +41,15 @@ class OnDevice:
         self._found_inf = torch.zeros((), device=device)
 
     def choose(self) -> Plan:
-        """The epoch's plan."""
+        """Draw an epoch from the scores."""
         return self.infobatch.sample(0)
 
     def epoch(self, chosen: Plan) -> tuple[Indices, Floats]:
-        """Copied from the device."""
+        """A drawn epoch on the host: indices (K,) and weights (K,), in order."""
         return chosen.indices.cpu().numpy(), chosen.weights.cpu().numpy()
 
     def batch(self, chosen: Plan, start: int, stop: int) -> Batch:
-        """Indices and weights on the device."""
+        """What `update` must know of the samples at positions start to stop of an epoch."""
         return chosen.batch(start, stop)
 
     def update(self, losses: Tensor, batch: Batch) -> Tensor:
@@ -77,7 +59,7 @@ class OnDevice:
         return reference.rescaled_mean(losses, batch.weights)
 
     def recorded(self, indices: Indices) -> Floats | None:
-        """Copied from the device."""
+        """Scores (B,) of these samples as they are now; None where none are kept."""
         return self.infobatch.scores.cpu().numpy()[indices]
 
 
@@ -136,6 +118,9 @@ class NumpyPruning:
         return self.scores[indices]
 
 
+Pruner = OnDevice | NumpyPruning
+
+
 def draw_scores(samples: int, seed: int) -> Floats:
     """Scores (N,) as losses lie in the middle of a training: log-normal, 69% below their mean."""
     random = torch.Generator().manual_seed(seed)
@@ -163,7 +148,7 @@ def choose_side(pruner: Pruner, name: str, device: torch.device) -> Side:
     return Side(pruner.choose, more=more)
 
 
-def update_side(pruner: Pruner, losses: Tensor) -> Side:
+def update_side(pruner: Any, losses: Tensor) -> Side:
     """Updates with the next batch of an epoch, of these losses (B,), backward included."""
     chosen, b = pruner.choose(), losses.numel()
     count = max(1, min(TURNS, len(pruner.epoch(chosen)[0]) // b))
@@ -177,7 +162,7 @@ def update_side(pruner: Pruner, losses: Tensor) -> Side:
     return Side(call)
 
 
-def check(pruner: Pruner, scores: Floats, ratio: float, losses: Tensor) -> None:
+def check(pruner: Any, scores: Floats, ratio: float, losses: Tensor) -> None:
     """Draw an epoch and update with its first batch: raise Absent unless it is InfoBatch's work.
 
     Args:

@@ -26,7 +26,6 @@ from infobatch_fast.data.loader import make_loader
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch
-from infobatch_fast.report.lines import Line, read_lines
 from infobatch_fast.train.models import make_model
 
 CPU = torch.device("cpu")
@@ -404,27 +403,3 @@ def test_the_kernels_do_what_they_must():
     )
     assert ended.returncode == 0, ended.stderr
     assert len(ended.stdout.split()) == len(cases()) - 1
-
-
-# On a card
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", peers.loader_sides(2))
-def test_every_loader_delivers_on_a_gpu(of, name):
-    device = torch.device("cuda")
-    plan = InfoBatch(300, 1, delta=0.0, seed=2, device=device).sample(0)
-    there = loaders.Pass(of.data, plan, 64, 2, 3)
-    loaders.loader_side(peers.loader_sides(2)[name], there).call()
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["overhead", "throughput", "kernels_bench"])
-def test_nothing_is_absent_on_a_gpu(script, tmp_path):
-    words = ["--quick", "--device", "cuda", "--out", str(tmp_path)]
-    words += ["--model", "small"] * (script == "overhead")
-    words += ["--models", "small", "--combo-kernels"] * (script == "throughput")
-    subprocess.run([sys.executable, str(BENCH / f"{script}.py"), *words], check=True)
-    lines = read_lines(tmp_path / f"{script}.jsonl", Line)[0]
-    assert not [line for line in lines if line.absent]
