@@ -5,7 +5,7 @@ T is the number of parameter tensors.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,16 +62,12 @@ class _Layerwise(torch.optim.Optimizer):
         if params:
             self._lay_out(len(self.param_groups) - 1, params)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forms = {}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads into the tensors that are there."""
-        state, groups, forms = self.state, self.param_groups, self._forms
+        state, groups = self.state, self.param_groups
         super().load_state_dict(state_dict)
         loaded, loaded_groups = self.state, self.param_groups
-        self.state, self.param_groups, self._forms = state, groups, forms
+        self.state, self.param_groups = state, groups
         for p, slots in state.items():
             for slot, value in slots.items():
                 value.copy_(loaded[p][slot])
@@ -81,19 +77,14 @@ class _Layerwise(torch.optim.Optimizer):
                 group[name] = mine.copy_(value) if isinstance(mine, Tensor) else value
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step from the gradients; returns what `closure` does, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step from the gradients."""
         work = []
         for i, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None and p.numel()]
             if params:
                 work.append((self._lay_out(i, params), group, [p.grad for p in params]))
         self._take(work)
-        return loss
 
     def _lay_out(self, i: int, params: list[Tensor]) -> Any:
         ids, form = self._forms.get(i, ([], None))
@@ -104,7 +95,7 @@ class _Layerwise(torch.optim.Optimizer):
 
     def _form(self, params: list[Tensor]) -> Any:
         """What steps these parameters; kept while they stay the same."""
-        raise NotImplementedError
+        return _Flat(params)
 
     def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
         """Steps by (form, group, gradients)."""
@@ -188,30 +179,20 @@ class LAMB(_Layerwise):
         numbers = {"beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, lr, momentum, **numbers, max_trust=max_trust)
 
-    def _form(self, params: list[Tensor]) -> Any:
-        return _Flat(params)
-
     def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
-        for flat, group, grads in work:
-            slots = ([self.state[p][slot] for p in flat.params] for slot in self._slots)
-            self._step(flat, group, grads, *slots)
+        for arguments in work:
+            self._step(*arguments)
 
-    def _step(
-        self,
-        flat: "_Flat",
-        group: dict[str, Any],
-        grads: list[Tensor],
-        steps: list[Tensor],
-        means: list[Tensor],
-        squares: list[Tensor],
-    ) -> None:
+    def _step(self, flat: "_Flat", group: dict[str, Any], grads: list[Tensor]) -> None:
+        steps, means, squares = ([self.state[p][slot] for p in flat.params] for slot in self._slots)
         beta1, lr = (_scalar(group[name], grads[0].device) for name in ("momentum", "lr"))
-        beta2, decay = group["beta2"], group["weight_decay"]
+        beta2 = group["beta2"]
         taken = torch.ones_like(lr)
         if self.found_inf is not None:
             taken = (self.found_inf.reshape(()) == 0).to(taken)
         keep1, keep2 = (torch.where(taken != 0, beta, 1.0) for beta in (beta1, beta2))
-        flat.fill(grads, skip=taken == 0)
+        torch._foreach_copy_(flat.views, grads)
+        flat.blocks.masked_fill_(taken == 0, 0.0)  # multiplied, NaN would stay
         torch._foreach_add_(steps, [taken] * len(steps))
         torch._foreach_mul_(squares, keep2)
         torch._foreach_addcmul_(squares, flat.views, flat.views, value=1 - beta2)
@@ -226,7 +207,7 @@ class LAMB(_Layerwise):
         flat.blocks.sqrt_().mul_(flat.spread(first / second.sqrt()))
         flat.blocks.add_(flat.spread(group["eps"] * first)).reciprocal_()
         torch._foreach_mul_(flat.views, means)
-        torch._foreach_add_(flat.views, flat.params, alpha=decay)
+        torch._foreach_add_(flat.views, flat.params, alpha=group["weight_decay"])
         weight, update = _norms(flat.params), _norms(flat.views)
         trust = (weight / update).masked_fill_((weight == 0) | (update == 0), 1.0)
         rate = lr * trust.clamp_(max=group["max_trust"])
@@ -252,11 +233,6 @@ class _Flat:
         strides = [torch.empty_like(p, device="meta").stride() for p in params]
         places = zip(parts, params, strides, strict=True)
         self.views = [part.as_strided(p.shape, stride) for part, p, stride in places]
-
-    def fill(self, grads: list[Tensor], skip: Tensor) -> None:
-        """The gradients, or 0 where they are to be skipped: multiplied, NaN would stay."""
-        torch._foreach_copy_(self.views, grads)
-        self.blocks.masked_fill_(skip, 0.0)
 
     def spread(self, coefficients: Tensor) -> Tensor:
         """A coefficient for each tensor (T,) as one for each block, float32."""
@@ -299,7 +275,7 @@ class _ForeachLars(_Flat):
         self.blocks.clamp_(-clip, clip)
         if found is not None:
             skip = found.reshape(()) != 0
-            # Filled, not multiplied: NaN * 0 is NaN. And -0.0, which added changes no bit.
+            # Filled: multiplied, NaN would stay. And -0.0, which added changes no bit.
             self.blocks.masked_fill_(skip, -0.0)
             momentum, rates = momentum.masked_fill(skip, 1.0), rates.masked_fill_(skip, 0.0)
         torch._foreach_mul_(self.momenta, momentum)
