@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,8 @@ CHECKPOINT_SECONDS = 60.0
 TRACKED = 1024  # samples whose scores are kept for each epoch: 4 kB an epoch
 PICTURED = 48  # samples whose images are kept, half of them the least kept ones
 
-# What `spending` counts: "seconds" is all of the wall time, the others are parts of it, apart from
-# each other. Joules are of all, and of training and pruning alone.
-SECONDS = (
-    "seconds",
-    "train_seconds",
-    "pruning_seconds",
-    "startup_seconds",
-    "evaluation_seconds",
-    "checkpoint_seconds",
-)
-JOULES = ("joules", "train_joules")
+# What `spending` counts, by the names in an epoch's line.
+SPENT = [each.name for each in fields(EpochLine) if each.name.endswith(("seconds", "joules"))]
 
 
 class Diverged(Exception):
@@ -74,7 +65,7 @@ class Ledger:
 
     def _clear(self) -> None:
         # Since the last epoch was closed; None is "not measured".
-        self.spent: dict[str, Any] = {name: 0.0 for name in (*SECONDS, *JOULES)}
+        self.spent: dict[str, Any] = dict.fromkeys(SPENT, 0.0)
         self.spent["startup_images"] = 0
         self.phases: dict[str, float] | None = dict.fromkeys(PHASES, 0.0)
 
