@@ -67,12 +67,12 @@ class Pruning:
     def first_full_epoch(self, num_epochs: int) -> int:
         """The first epoch, from 0, of those at the end that train on all samples.
 
-        It is ceil(num_epochs * delta) with delta as it was written: floats get products such as
-        200 * 0.07 wrong (14.000000000000002).
+        It is floor(num_epochs * delta), as the original counts, with delta as it was written:
+        floats get products such as 100 * 0.29 wrong (28.999999999999996).
         """
         if not self.anneal and self.delta > 0:
             return num_epochs
-        return math.ceil(num_epochs * Fraction(str(float(self.delta))))
+        return math.floor(num_epochs * Fraction(str(float(self.delta))))
 
     @property
     def full_data(self) -> bool:

@@ -128,7 +128,8 @@ def simulate(infobatch: InfoBatch, batch_size: int | None = None, flat: int = 0)
 
 
 def aiming(target: float, n: int = 1000, epochs: int = 12, **kwargs) -> InfoBatch:
-    return InfoBatch(n, epochs, device="cpu", target_saving=target, **kwargs)
+    # Of twelve epochs eleven prune.
+    return InfoBatch(n, epochs, device="cpu", target_saving=target, **{"delta": 0.92, **kwargs})
 
 
 def saved(plans: list[Plan]) -> int:
@@ -214,7 +215,7 @@ def test_a_target_out_of_reach_leaves_out_all_it_can() -> None:
     ("epochs", "kwargs", "most"),
     [
         (12, {}, 10 / 12),
-        (200, {}, 174 / 200),
+        (200, {"delta": 0.875}, 174 / 200),
         (12, {"anneal": False}, 11 / 12),
         (12, {"delta": 0.0}, 0),
         (1, {}, 0),

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 from fractions import Fraction
-from math import ceil
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def test_1_an_epoch_ends_and_is_drawn_once(drop_last: bool) -> None:
 @pytest.mark.parametrize(("epochs", "delta"), [(90, 0.875), (200, 0.07), (7, 0.5), (11, 0.3)])
 def test_2_annealing_epochs_have_weight_one(epochs: int, delta: float) -> None:
     infobatch = make(epochs=epochs, delta=delta)
-    first = ceil(epochs * Fraction(str(delta)))
+    first = floor(epochs * Fraction(str(delta)))
     for epoch in range(epochs):
         weights = infobatch.sample(epoch).weights
         assert bool((weights == 1).all()) == (epoch >= first)

@@ -56,7 +56,7 @@ def test_what_trains_alike_is_one_method(one: Pruning, other: Pruning) -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "delta", "first"),
-    [(200, 0.07, 14), (90, 0.875, 79), (200, 0.875, 175), (10, 0.0, 0), (10, 1.0, 10), (3, 0.5, 2)],
+    [(100, 0.29, 29), (200, 0.07, 14), (90, 0.875, 78), (5, 0.875, 4), (10, 1.0, 10), (3, 0.5, 1)],
 )
 def test_first_full_epoch(epochs: int, delta: float, first: int) -> None:
     assert Pruning(delta=delta).first_full_epoch(epochs) == first

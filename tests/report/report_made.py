@@ -26,7 +26,7 @@ SETTINGS = {
     **{"max_lr": 0.4, "weight_decay": 0.0005, "label_smoothing": 0.1, "amp": "off"},
     **{"whole_batches": False, "compile": False, "graph": False, "dataset": "cifar10"},
     **{"loader": "torch", "data_fraction": 1.0, "synthetic_samples": 50_000, "seed": 0},
-    **{"synthetic_classes": 10, "synthetic_easy": 0.5, "synthetic_hard": 0.1, "device": "cpu"},
+    **{"synthetic_classes": 10, "device": "cpu"},
     **{"eval_every": 1, "checkpoint_every": 0, "telemetry": True, "host_syncs": "off"},
 }
 
@@ -55,7 +55,8 @@ def write_run(
     """
     settings = {**SETTINGS, **Pruning().settings(), **(config or {})}
     pruning, epochs = Pruning.of(settings), settings["epochs"]
-    full_from = 0 if pruning.full_data else pruning.first_full_epoch(epochs)
+    last = epochs if pruning.method.delta == 1 else -(-epochs * 7 // 8)  # that may prune
+    full_from = 0 if pruning.full_data else last
     device = GPU if settings["device"] == "cuda" else CPU
     record = RunRecord(
         config=settings,

@@ -170,7 +170,7 @@ def test_what_is_not_alike_is_not_compared(tmp_path: Path, other: dict) -> None:
         {"loader": "dali"},
         {"telemetry": False},
         {"preset": "paper"},
-        {"synthetic_easy": 0.1},
+        {"synthetic_classes": 7},
         {"policy": "none"},
         {"target_saving": 0.2, "ratio": 0.7},
     ],
