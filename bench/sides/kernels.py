@@ -152,60 +152,43 @@ def epoch_case(kernel: str, samples: int, device: torch.device, seed: int) -> Ca
         "choosing": (12 + position) * samples + (position + 12) * kept,  # the first three
     }[kernel]
     copies = _copies(moved)
-
-    def of(tensor: Tensor) -> list[tuple[Tensor]]:
-        return [(tensor,), *((tensor.clone(),) for _ in range(copies - 1))]
-
+    more = {"moved_sectors_bytes": moved + (32 - position) * kept} if kernel == "choose" else {}
+    mean = scores.nanmean(dtype=torch.float64)
     whole = partial(check_epoch, prunable, n, k)
-    if kernel == "threshold":
-        mean = scores[scores.isfinite()].mean(dtype=torch.float64)
-        return Case(
-            lambda kernels: kernels.threshold,
-            lambda wrap: wrap(reference.threshold),
-            of(scores),
-            lambda got: torch.testing.assert_close(got.double(), mean, rtol=1e-6, atol=0),
-            moved,
-        )
-    if kernel == "partition":
-        return Case(
-            lambda kernels: lambda scores: kernels.partition(scores, limit),
-            lambda wrap: wrap(lambda scores: _partition(scores, limit, n)),
-            of(scores),
-            partial(check_partition, prunable, n),
-            moved,
-        )
-    if kernel == "choose":
-        return Case(
-            lambda kernels: lambda positions: kernels.choose(positions, n, k, weight, KEY),
-            lambda wrap: wrap(lambda positions: _choose(positions, n, k, weight)),
-            of(_partition(scores, limit, n)[0]),
-            whole,
-            moved,
-            {"moved_sectors_bytes": moved + (32 - position) * kept},
-        )
-    if kernel == "shuffle":
-        return Case(
-            lambda kernels: lambda: kernels.shuffle(samples, KEY, device),
-            lambda wrap: wrap(lambda: torch.randperm(samples, device=device)),
-            [()] * copies,
-            partial(check_permutation, samples),
-            moved,
-        )
 
-    def choosing(kernels: Kernels, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def ours(kernels: Kernels, scores: Tensor) -> tuple[Tensor, Tensor]:
         positions, _ = kernels.partition(scores, kernels.threshold(scores))
         return kernels.choose(positions, n, k, weight, KEY)
 
     def torchs(scores: Tensor) -> tuple[Tensor, Tensor]:
         return reference.choose(reference.well_learned(scores), n, k, weight, TORCHS_OWN)
 
-    return Case(
-        lambda kernels: partial(choosing, kernels),
-        lambda wrap: wrap(torchs),
-        of(scores),
-        whole,
-        moved,
-    )
+    make, plain, check = {  # ours, torch's, and what the outputs must be
+        "threshold": (
+            lambda kernels: kernels.threshold,
+            reference.threshold,
+            lambda got: torch.testing.assert_close(got.double(), mean, rtol=1e-6, atol=0),
+        ),
+        "partition": (
+            lambda kernels: lambda scores: kernels.partition(scores, limit),
+            lambda scores: _partition(scores, limit, n),
+            partial(check_partition, prunable, n),
+        ),
+        "choose": (
+            lambda kernels: lambda positions: kernels.choose(positions, n, k, weight, KEY),
+            lambda positions: _choose(positions, n, k, weight),
+            whole,
+        ),
+        "shuffle": (
+            lambda kernels: lambda: kernels.shuffle(samples, KEY, device),
+            lambda: torch.randperm(samples, device=device),
+            partial(check_permutation, samples),
+        ),
+        "choosing": (lambda kernels: partial(ours, kernels), torchs, whole),
+    }[kernel]
+    source = _partition(scores, limit, n)[0] if kernel == "choose" else scores
+    arguments = [(source.clone(),) if kernel != "shuffle" else () for _ in range(copies)]
+    return Case(make, lambda wrap: wrap(plain), arguments, check, moved, more)
 
 
 def _partition(scores: Tensor, limit: Tensor, n: int) -> tuple[Tensor, Tensor]:
