@@ -102,6 +102,9 @@ class Throughput(Options):
 def measure(bench: Bench, options: Throughput) -> None:
     """Limits, training and loaders."""
     data = load_data(options.seed).part(0.04 if options.quick else 1)
+    if max(options.batch_sizes, default=0) > len(data.labels):
+        most, got = len(data.labels), max(options.batch_sizes)
+        raise UserError(f"batch_sizes must be at most the {most} images that there are, got {got}")
     bench.options |= {"data": data.name, "source": data.source}
     forms: dict[str, Form] = {name: FORMS[name] for name in options.forms}
     for switch, change in SWITCHES.items():

@@ -88,6 +88,8 @@ class Trained:
         infobatch: InfoBatch | None,
         form: Form,
     ) -> None:
+        if form.inductor and not form.compile:
+            raise Absent("the compiler's options need a form that is compiled")
         self.network, self.optimizer, self.form = network, optimizer, form
         self.device = next(network.parameters()).device
         self.plain = TrainStep(

@@ -274,19 +274,18 @@ def test_a_captured_form_replays_and_one_that_is_not_captured_is_absent(monkeypa
     assert "operation not permitted when capturing" in line.absent
 
 
-def test_forms_that_are_not_here_are_absent_and_the_rest_is_measured(bench, monkeypatch):
+def test_forms_that_are_not_here_are_absent_and_the_rest_is_measured(bench):
     data = make_synthetic(60, 10, seed=1)
     plan = InfoBatch(60, 1, delta=0.0, seed=2, device=CPU).sample(0)
     plain = steps.FORMS["channels_last"]
     forms = {"plain": plain, "graph": replace(plain, graph=True)}
-    forms |= {name: change(plain) for name, change in steps.SWITCHES.items() if "l" in name[:4]}
-    forms |= {"foreach": replace(plain, fused=False), "loss": replace(plain, loss_kernel=False)}
+    forms |= {name: change(plain) for name, change in steps.SWITCHES.items()}
     throughput.measure_training(bench, data, plan, "small", 20, forms, seed=0)
     rows = {(line.case["form"], line.case["side"]): line for line in bench.lines}
     for side in ("alone", "fed"):
         assert rows["plain", side].unit == "images/s"
         assert rows["plain", side].more["TFLOP/s"] > 0
-        for name in ("graph", "foreach", "loss"):
+        for name in ("graph", *steps.SWITCHES):
             assert rows[name, side].absent, name
 
 
