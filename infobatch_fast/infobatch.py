@@ -95,9 +95,7 @@ class InfoBatch:
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
         self._protected: Tensor | None = None
         if protect is not None:
-            if protect.shape != self.scores.shape or protect.dtype != torch.bool:
-                got = f"{protect.dtype} of shape {tuple(protect.shape)}"
-                raise ValueError(f"protect must be torch.bool of shape ({num_samples},), got {got}")
+            self._expect("protect", protect, torch.bool)
             self._protected = protect.to(self.scores.device)
         triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
@@ -245,19 +243,18 @@ class InfoBatch:
         name, choice = self.pruning.policy, self._policy.choose(view)
         if not isinstance(choice, Choice):
             raise TypeError(f"policy {name} must give a Choice, got {type(choice).__name__}")
-        for part in ("prunable", "priority", "weights"):
-            given, dtype = (
-                getattr(choice, part),
-                torch.bool if part == "prunable" else torch.float32,
-            )
-            if given is not None and (given.shape != view.scores.shape or given.dtype != dtype):
-                raise ValueError(
-                    f"{part} of policy {name} must be {dtype} of shape ({self.num_samples},), "
-                    f"got {given.dtype} of shape {tuple(given.shape)}"
-                )
+        self._expect(f"prunable of policy {name}", choice.prunable, torch.bool)
+        self._expect(f"priority of policy {name}", choice.priority, torch.float32)
+        self._expect(f"weights of policy {name}", choice.weights, torch.float32)
         if self._protected is not None:
             choice = choice._replace(prunable=choice.prunable & ~self._protected)
         return choice
+
+    def _expect(self, name: str, given: Tensor | None, dtype: torch.dtype) -> None:
+        shape = (self.num_samples,)
+        if given is not None and (given.shape != shape or given.dtype != dtype):
+            got = f"{given.dtype} of shape {tuple(given.shape)}"
+            raise ValueError(f"{name} must be {dtype} of shape {shape}, got {got}")
 
     def _keep(self, n: int, target: float, batch_size: int | None) -> int:
         exact = max(1, round(target))
@@ -310,13 +307,7 @@ class InfoBatch:
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
     def record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
-        """The half of `update` that writes the scores, for a step that decides later.
-
-        Args:
-            losses: as in `update`.
-            batch: of `update`.
-            found_inf: () or (1,); where it is not 0 the scores stay as they are.
-        """
+        """The half of `update` that writes the scores; where found_inf (1,) is not 0 they stay."""
         device = self.scores.device
         self.recorded += batch.indices.numel()
         losses = _onto(per_sample(losses, batch.indices.numel()).detach(), device)
@@ -347,40 +338,26 @@ class InfoBatch:
             TypeError, ValueError: the data set has no length or another one, or an argument is
                 given that the InfoBatch decides (shuffle, sampler, batch_sampler).
         """
-        from infobatch_fast.adapters import sampler
-
-        return sampler.loader(self, dataset, batch_size, collate_fn, **arguments)
+        return _adapter().loader(self, dataset, batch_size, collate_fn, **arguments)
 
     def wrap(self, dataset: Any) -> Any:
         """The data set for a DataLoader built by hand: it takes picks of `sampler()`."""
-        from infobatch_fast.adapters import sampler
-
-        return sampler.wrap(self, dataset)
+        return _adapter().wrap(self, dataset)
 
     def sampler(self, batch_size: int | None = None, drop_last: bool = False) -> Any:
         """The sampler for a DataLoader built by hand, see `adapters.sampler.Sampler`."""
-        from infobatch_fast.adapters import sampler
-
-        return sampler.Sampler(self, batch_size, drop_last)
+        return _adapter().Sampler(self, batch_size, drop_last)
 
     def collate(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> Any:
         """The collate function for a DataLoader built by hand: gives `(data, Batch)`."""
-        from infobatch_fast.adapters import sampler
-
-        return sampler.Collate(collate_fn or sampler.default_collate)
+        return _adapter().Collate(collate_fn or _adapter().default_collate)
 
     def check(self, loader: Any) -> str:
         """One dry pass over a loader: indices once each, weights of the plan, lengths that fit.
 
-        Returns:
-            What was found, in a line.
-
-        Raises:
-            ValueError: what does not hold.
+        Returns what was found, in a line; raises ValueError with what does not hold.
         """
-        from infobatch_fast.adapters import sampler
-
-        return sampler.check(self, loader)
+        return _adapter().check(self, loader)
 
     def _settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("num_samples", "num_epochs", "seed")}
@@ -422,6 +399,12 @@ class InfoBatch:
             tensors = {name: plan[name].to(self.scores.device) for name in ("indices", "weights")}
             self.plan = Plan(**{**plan, **tensors})
         self.resume_at = 0 if plan is None else self.recorded
+
+
+def _adapter() -> Any:
+    from infobatch_fast.adapters import sampler  # torch's loaders, where they are asked for
+
+    return sampler
 
 
 def _past_of(saved: Mapping[str, Any], device: torch.device) -> _Past:
