@@ -89,6 +89,7 @@ class TrainStep:
         kernels = triton_kernels(device)
         self.by_kernels, self._kernels = kernels is not None, kernels if loss_kernel else None
         self.seen: Counter[torch.Size] = Counter()
+        self._ones: dict[int, Tensor] = {}  # weights of plain training, by B
         self.scaling = amp == "fp16"
         self.scale = torch.full((), INITIAL_SCALE if self.scaling else 1.0, device=device)
         self.growth = torch.zeros((), dtype=torch.int32, device=device)
@@ -173,11 +174,16 @@ class TrainStep:
         with self.autocast:
             logits = self.forward(images)
         if self._kernels is not None and logits.shape[1] <= self._kernels.max_classes:
+            weights = batch.weights
+            if plain:  # made in a first step, which no graph holds: plain steps launch no more
+                if len(labels) not in self._ones:
+                    self._ones[len(labels)] = torch.ones_like(weights)
+                weights = self._ones[len(labels)]
             # One launch, or two where classes are many, in the place of a dozen.
             loss, losses, gradient = self._kernels.cross_entropy_gradient(
                 logits,
                 labels,
-                torch.ones_like(batch.weights) if plain else batch.weights,
+                weights,
                 label_smoothing=self.label_smoothing,
                 scale=scale,
             )
