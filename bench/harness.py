@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.report.lines import Line
-from infobatch_fast.report.text import figures, markdown
+from infobatch_fast.report.text import amount, figures, markdown
 from infobatch_fast.report.text import seconds as in_seconds
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Say, command, is_out_of_memory, parse
@@ -547,13 +547,7 @@ def cell(line: Line) -> str:
     if line.absent is not None:
         return "absent"
     assert line.median is not None
-    unit, more = line.unit, line.more
-    if unit == "s":
-        value = in_seconds(line.median)
-    else:
-        prefixes = (("T", 1e12), ("G", 1e9)) if unit in ("B/s", "FLOP/s") else ()
-        prefix, factor = next((p for p in prefixes if line.median >= p[1]), ("", 1))
-        value = f"{figures(line.median / factor)} {prefix}{unit}"
+    value, more = amount(line.median, line.unit), line.more
     if line.case.get("side") == DIFFERENCE:
         low, high = more.get("low_seconds"), more.get("high_seconds")
         if low is None or high is None:

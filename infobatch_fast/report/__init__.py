@@ -1,16 +1,10 @@
 """Tables and plots from the records of runs and benchmarks: `python -m infobatch_fast.report`."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from infobatch_fast.report.__main__ import main
-
-__all__ = ["main"]
+from collections.abc import Sequence
 
 
-def __getattr__(name: str) -> object:
-    if name != "main":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from infobatch_fast.report.__main__ import main
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    from infobatch_fast.report.__main__ import main  # pandas and matplotlib, only when called
 
-    return main
+    return main(arguments)

@@ -19,7 +19,7 @@ from infobatch_fast.report.page import MARK, Block, Heading, Table, Text, markdo
 from infobatch_fast.report.plots import plots
 from infobatch_fast.report.read import Inputs, read
 from infobatch_fast.report.runs import sections
-from infobatch_fast.report.tables import answer, paired_table, reported_tables, run_table
+from infobatch_fast.report.tables import answer, reported_tables, run_table
 from infobatch_fast.train.cli import Say, command, complain, parse
 from infobatch_fast.train.records import make_folder, write_atomically
 
@@ -53,8 +53,6 @@ def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
     rest: list[Block] = []
     for section in found:
         body: list[Block] = [*reported_tables(section)]
-        if differences := paired_table(section):
-            body += [Heading("Differences", 2), *differences]
         body += [Heading("Runs", 2), *run_table(section), Heading("Plots", 2), *plots(section)]
         if first:
             below = [b._replace(level=3) if isinstance(b, Heading) else b for b in body]

@@ -1,7 +1,6 @@
 """The tables of a report's benchmarks: one for each part of each file."""
 
 import json
-import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,10 +11,6 @@ from infobatch_fast.report.read import Benchmark
 from infobatch_fast.report.runs import device_of
 
 NONE = "–"
-# As further figures' names end; what else they end in is no unit.
-_UNITS = {"percent": "%", "joules": "J", "watts": "W", "s": "s", "seconds": "s"}
-_UNITS |= {of: of for of in ("bytes", "images/s", "B/s", "FLOP/s", "TFLOP/s", "FLOP", "images")}
-_TIMES = {"s": 1.0, "ms": 1e3, "us": 1e6}  # in a second
 
 
 def benchmark_tables(benchmarks: Sequence[Benchmark]) -> list[Block]:
@@ -54,8 +49,8 @@ def _marks(benchmark: Benchmark, lines: Sequence[Line]) -> Iterator[str]:
 
 def _about(lines: Sequence[Line]) -> str:
     first = lines[0]
-    options = ", ".join(f"{name} {_setting(value)}" for name, value in first.options.items())
-    low = any(name.split("_")[0] == "low" for line in lines for name in line.more)
+    options = ", ".join(f"{name} {_figure(value)}" for name, value in first.options.items())
+    low = any(name.startswith("low_") for line in lines for name in line.more)
     interval = " Low to high: the 95% interval of the median of paired differences." * low
     return (
         f"Median [20th, 80th percentile]; started {first.started} on {device_of(first.device)}; "
@@ -66,66 +61,44 @@ def _about(lines: Sequence[Line]) -> str:
 def _table(lines: Sequence[Line]) -> Table:
     case = dict.fromkeys(name for line in lines for name in line.case)
     more = dict.fromkeys(name for line in lines for name in line.more)
-    columns = [_column(name, [line.more.get(name) for line in lines]) for name in more]
     rows = [
         [
-            *(_setting(line.case.get(name)) for name in case),
+            *(_figure(line.case.get(name)) for name in case),
             _measured(line),
             _figure(line.count),
-            *(cells[index] for _, cells in columns),
+            *(_further(name, line.more.get(name)) for name in more),
         ]
-        for index, line in enumerate(lines)
+        for line in lines
     ]
-    heads = [*(name.replace("_", " ") for name in case), "median [p20, p80]", "count"]
-    return Table([*heads, *(head for head, _ in columns)], rows, left=len(case))
-
-
-def _column(name: str, values: Sequence[Any]) -> tuple[str, list[str]]:
-    """Head and cells of a further figure, whose name ends in its unit; times in one that suits."""
-    words, _, last = name.rpartition("_")
-    unit = _UNITS.get(last, "") if words else ""
-    if not unit:
-        return name.replace("_", " "), [_figure(value) for value in values]
-    factor = 1.0
-    numbers = [abs(value) for value in values if _is_number(value) and value]
-    if unit == "s" and numbers:
-        unit = tables.seconds(statistics.median(numbers)).split()[-1]
-        factor = _TIMES[unit]
-    cells = [_figure(value * factor if _is_number(value) else value) for value in values]
-    return f"{words.replace('_', ' ')} ({unit})", cells
+    heads = [
+        *case,
+        "median [p20, p80]",
+        "count",
+        *(name.replace("_percent", " %") for name in more),
+    ]
+    heads = [head.removesuffix("_seconds").replace("_", " ") for head in heads]
+    return Table(heads, rows, left=len(case))
 
 
 def _measured(line: Line) -> str:
-    """Median, percentiles and unit, or why there are none."""
+    """Median and percentiles, or why there are none."""
     if line.median is None:
         return f"absent: {line.absent or 'no reason is given'}"
     spread = [line.p20, line.p80] if line.count is None or line.count > 1 else []
-    values = [value for value in (line.median, *spread) if value is not None]
-    unit = line.unit or ""
-    if unit == "s":
-        shown, unit = [tables.seconds(value) for value in values], ""
-    else:
-        prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6)) if unit in ("B/s", "FLOP/s") else ()
-        prefix, factor = next((p for p in prefixes if line.median >= p[1]), ("", 1))
-        shown, unit = [_figure(value / factor) for value in values], f" {prefix}{unit}"
-    return shown[0] + (f" [{', '.join(shown[1:])}]" if len(shown) == 3 else "") + unit
+    ends = ", ".join(tables.amount(of, line.unit) for of in spread if of is not None)
+    return tables.amount(line.median, line.unit) + f" [{ends}]" * bool(ends)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _setting(value: Any) -> str:
-    """A value of a case or of the options, as it was given."""
-    return f"{value:g}" if isinstance(value, float) else _figure(value)
+def _further(name: str, value: Any) -> str:
+    timed = name.endswith("_seconds") and isinstance(value, float)
+    return tables.seconds(value) if timed else _figure(value)
 
 
 def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        small = value == 0 or 1e-6 <= abs(value) < 1e15
-        return tables.figures(value) if small else f"{value:.2e}"
-    if _is_number(value):
-        return f"{value:,}"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return tables.figures(value)
+    if isinstance(value, int):
+        return f"{value:,}"
     return NONE if value is None else value if isinstance(value, str) else json.dumps(value)

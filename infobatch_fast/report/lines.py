@@ -16,17 +16,13 @@ class Line:
     quoted alone.
 
     Attributes:
-        benchmark: overhead, throughput, ...
         part: the table within it that the line is a row of.
         case: what was measured, in order, such as {"samples": 50000, "side": "device"}.
         unit: of the three that follow: "s", "images/s", "B/s" or "FLOP/s".
-        median: of the measurements; p20 and p80, their percentiles.
         count: measurements behind them.
         more: further figures of this row, each name ending in its unit.
         absent: why the row has no figures (then unit to count are None); None where it has.
-        complete: whether the benchmark ended; False where it was stopped midway.
         quick: whether it was a --quick run, too short to quote.
-        options: the benchmark's settings.
         started: UTC, ISO 8601.
         version: of the package; this and those below are as in a run's config.json.
     """

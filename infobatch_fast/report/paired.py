@@ -12,7 +12,6 @@ from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.report.runs import Run, Section
 from infobatch_fast.report.text import counted
 
-CONFIDENCE = 0.95
 WIDTH = 0.2  # points; a difference known to ± so much is decided
 _MOST_SEEDS = 1000  # of more the normal distribution tells as well
 
@@ -96,16 +95,13 @@ def trainings(section: Section) -> list[Training]:
         Training(label, runs[0].pruning, runs[0].config["epochs"], runs)
         for label, runs in grouped.items()
     ]
-    pruned = [of.epochs for of in found if of.pruning != FULL]
+    longest = max((of.epochs for of in found if of.pruning != FULL), default=0)
 
     def place(of: Training) -> tuple[int | bool, ...]:
         how = of.pruning
-        shorter = how == FULL and bool(pruned) and of.epochs < max(pruned)
+        kind = int(how != FULL) if how != FULL or of.epochs >= longest else 2
         variant = how.score != "loss" or how.ratio_schedule != "constant"
-        return (
-            *(2 if shorter else int(how != FULL), not how.label.startswith("InfoBatch")),
-            *(variant, -of.epochs, how.ratio != Pruning.ratio),
-        )
+        return kind, not how.label.startswith("InfoBatch"), variant, -of.epochs
 
     return sorted(found, key=place)
 
@@ -139,35 +135,30 @@ def _paired(mine: Training, others: Sequence[Training]) -> Paired | None:
     both = both.sort_values(["far", "epochs"]).drop_duplicates("seed").sort_values("seed")
     if both.empty:
         return None
-    least, most = both["epochs"].min(), both["epochs"].max()
-    length = f", {counted(most, 'epoch')}" if most != mine.epochs else ""
-    if least < most:
-        length = f", {least} to {most} epochs"
+    lengths = [counted(of, "epoch") for of in sorted({*both["epochs"]} - {mine.epochs})]
     timed = both[(both["machine"] == both["machine_other"]) & (both["machine"] != "")]
     return Paired(
-        FULL.label + length,
+        FULL.label + f", {' or '.join(lengths)}" * bool(lengths),
         (both["accuracy"] - both["accuracy_other"]).set_axis(both["seed"]),
         1 - float((both["trained"] / both["trained_other"]).mean()),
         1 - timed["seconds"] / timed["seconds_other"],
     )
 
 
-def seeds_needed(deviation: float, least: int = 2, width: float = WIDTH) -> int:
-    """The fewest seeds, `least` or more, whose t interval is within ± width for that deviation."""
-    n = max(2, least, int((1.96 * deviation / width) ** 2))  # what a normal distribution needs
-    while n < _MOST_SEEDS and quantile(n - 1) * deviation / math.sqrt(n) > width:
+def seeds_needed(deviation: float, least: int = 2) -> int:
+    """The fewest seeds, `least` or more, whose t interval is within ± WIDTH for that deviation."""
+    n = max(least, int((1.96 * deviation / WIDTH) ** 2))  # what a normal distribution needs
+    while n < _MOST_SEEDS and quantile(n - 1) * deviation / math.sqrt(n) > WIDTH:
         n += 1
     return n
 
 
-def quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """How far Student's t lies from 0 at most, either way, with the given confidence."""
-    low, high = 0.0, 1.0
-    while _within(high, freedom) < confidence:
-        high *= 2
+def quantile(freedom: int) -> float:
+    """How far Student's t lies from 0 at most, either way, in 95% of cases."""
+    low, high = 1.0, 13.0  # 12.706 of one degree of freedom is the most
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+        low, high = (middle, high) if _within(middle, freedom) < 0.95 else (low, middle)
     return high
 
 

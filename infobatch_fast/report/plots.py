@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from infobatch_fast.errors import reason
 from infobatch_fast.pruning import FULL
 from infobatch_fast.report.page import Block, Heading, Plot, Text
 from infobatch_fast.report.paired import Training, trainings
-from infobatch_fast.report.read import arrays
 from infobatch_fast.report.runs import Run, Section
 from infobatch_fast.report.text import counted
 
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
 _MOST_TRAININGS = 16
 _MOST_INSIDE = 4  # runs
 _MOST_CLASSES = 20
-_PICTURES = 12
+_PICTURES = 8  # a row
 _numbers = count()
 
 
@@ -50,18 +50,18 @@ def plots(section: Section) -> list[Block]:
     for run in section.runs:
         if run.epochs and not run.complete:
             grouped.setdefault(section.label(run), []).append(run)
-    shown = {name: _history(of) for name, of in [*grouped.items()][:_MOST_TRAININGS]}
     blocks: list[Block] = []
+    left = len(grouped) - _MOST_TRAININGS
+    if left > 0:
+        told = f"The plots leave out {counted(left, 'further training')}: name fewer runs."
+        blocks.append(Text(told, "aside"))
+        grouped = dict([*grouped.items()][:_MOST_TRAININGS])
     if len(whole) > 1:
         _ends(whole[:_MOST_TRAININGS], blocks)
-    for y, title in (("accuracy", "Accuracy by epoch"), ("kept", "Samples kept in each epoch")):
-        if shown:
-            with _figure(title, "Means over seeds; the last point is marked.", blocks) as figure:
-                _lines(figure.add_subplot(xlabel="epoch", ylabel=f"{y} (%)"), shown, y)
-    _phases(grouped, blocks)
-    if len(grouped) > len(shown):
-        left = counted(len(grouped) - len(shown), "further training")
-        blocks.append(Text(f"The plots leave out {left}.", "aside"))
+    if grouped:
+        _lines(grouped, "accuracy", "Accuracy by epoch", blocks)
+        _lines(grouped, "kept", "Samples kept in each epoch", blocks)
+        _phases(grouped, blocks)
     return blocks + _inside(grouped)
 
 
@@ -70,42 +70,28 @@ def _inside(grouped: dict[str, list[Run]]) -> list[Block]:
     firsts = {}
     for label, runs in grouped.items():
         of = [r for r in runs if (r.folder / "kept.npy").exists() or r.epochs[-1].score_histogram]
-        if of and of[0].pruning != FULL:
+        if of and of[0].pruning != FULL and len(firsts) < _MOST_INSIDE:
             firsts[label] = of[0]
-    blocks: list[Block] = []
-    problems: list[str] = []
-    for label, run in [*firsts.items()][:_MOST_INSIDE]:
-        found, bad = arrays(run)
-        problems += bad
-        _histogram(run, label, blocks)
-        if found.keys() >= {"kept", "labels"}:
-            _classes(run, label, found, blocks)
-        if found.keys() >= {"kept", "labels", "pictured"}:
-            _pictures(run, label, found, blocks)
-    if not blocks:
+    if not firsts:
         return []
-    told = ", ".join(run.name for run in [*firsts.values()][:_MOST_INSIDE])
-    left = len(firsts) - _MOST_INSIDE
-    about = f"By the first run of each training: {told}."
-    about += f" Left out: {counted(left, 'further training')}; name fewer runs." * (left > 0)
-    texts = [Text(about, "aside"), *map(Text, problems)]
-    return [Heading("What pruning did to the samples", 2), *texts, *blocks]
-
-
-def _history(runs: Sequence[Run]) -> pd.DataFrame:
-    """By epoch the means of runs: those that are complete, if there are any."""
-    whole = [run for run in runs if run.complete] or runs
-    rows = [
-        pd.DataFrame(
-            {
-                "epoch": [line.epoch for line in run.epochs],
-                "accuracy": [of and 100 * of for of in (line.accuracy for line in run.epochs)],
-                "kept": [100 * line.kept / run.size for line in run.epochs],
+    told = ", ".join(run.name for run in firsts.values())
+    about = f"By the first run of each training, of {_MOST_INSIDE} at most: {told}."
+    blocks: list[Block] = [Heading("What pruning did to the samples", 2), Text(about, "aside")]
+    for label, run in firsts.items():
+        _histogram(run, label, blocks)
+        try:
+            found = {
+                name: np.load(run.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("kept", "scores", "labels", "pictured", "pictures")
             }
-        )
-        for run in whole
-    ]
-    return pd.concat(rows).astype(float).groupby("epoch", as_index=False).mean()
+        except FileNotFoundError:  # of a run that has not ended
+            continue
+        except Exception as error:  # a damaged header fails in many ways
+            blocks.append(Text(f"The .npy files of {run.name} cannot be read: {reason(error)}."))
+            continue
+        _classes(run, label, found, blocks)
+        _pictures(run, label, found, blocks)
+    return blocks
 
 
 def _ends(whole: Sequence[Training], blocks: list[Block]) -> None:
@@ -126,16 +112,25 @@ def _ends(whole: Sequence[Training], blocks: list[Block]) -> None:
         _legend(axes)
 
 
-def _lines(axes: Axes, shown: dict[str, pd.DataFrame], y: str) -> None:
+def _lines(grouped: dict[str, list[Run]], y: str, title: str, blocks: list[Block]) -> None:
+    """By epoch the means of a training's complete runs, or of all where none is."""
     floors = []
-    for name, history in shown.items():
-        known = history.dropna(subset=[y])
-        (line,) = axes.plot(known["epoch"], known[y], label=name)
-        axes.plot(known["epoch"].tail(1), known[y].tail(1), "o", color=line.get_color(), ms=4)
-        floors += [known[y].iloc[len(known) // 4]] if len(known) > 4 else []
-    if floors and y == "accuracy":  # the first epochs are far below; the end is what is read
-        axes.set_ylim(bottom=min(floors))
-    _legend(axes)
+    with _figure(title, "Means over seeds; the last point is marked.", blocks) as figure:
+        axes = figure.add_subplot(xlabel="epoch", ylabel=f"{y} (%)")
+        for name, runs in grouped.items():
+            rows = [
+                (line.epoch, 100 * (line.kept / run.size if y == "kept" else line.accuracy or 0))
+                for run in [run for run in runs if run.complete] or runs
+                for line in run.epochs
+                if y == "kept" or line.accuracy is not None
+            ]
+            means = pd.DataFrame(rows, columns=pd.Index(["epoch", y])).groupby("epoch")[y].mean()
+            (line,) = axes.plot(means.index, means, label=name)
+            axes.plot(means.index[-1:], means.tail(1), "o", color=line.get_color(), ms=4)
+            floors += [means.iloc[len(means) // 4]] if len(means) > 4 else []
+        if floors and y == "accuracy":  # the first epochs are far below; the end is what is read
+            axes.set_ylim(bottom=min(floors))
+        _legend(axes)
 
 
 def _legend(axes: Axes) -> None:
@@ -161,16 +156,16 @@ def _bars(axes: Axes, frame: pd.DataFrame) -> None:
 
 
 def _phases(grouped: dict[str, list[Run]], blocks: list[Block]) -> None:
-    means = {}
-    for name, runs in [*grouped.items()][:_MOST_TRAININGS]:
-        known = [line.phases for run in runs for line in run.epochs if line.phases]
-        if known:
-            means[name] = pd.DataFrame(known).fillna(0.0).mean()
+    known = {
+        name: pd.DataFrame([line.phases for run in runs for line in run.epochs if line.phases])
+        for name, runs in grouped.items()
+    }
+    frame = pd.DataFrame({name: of.fillna(0.0).mean() for name, of in known.items() if len(of)}).T
     about = "Wall time of an epoch, mean over all; comparable on one idle device alone."
-    if means:
-        with _figure("Time by phase", about, blocks, 1.0 + 0.25 * len(means)) as figure:
+    if len(frame):
+        with _figure("Time by phase", about, blocks, 1.0 + 0.25 * len(frame)) as figure:
             axes = figure.add_subplot(xlabel="seconds an epoch")
-            _bars(axes, pd.DataFrame(means).T.fillna(0.0))
+            _bars(axes, frame.fillna(0.0))
             _legend(axes)
 
 
@@ -179,22 +174,17 @@ def _histogram(run: Run, label: str, blocks: list[Block]) -> None:
     if not known:
         return
     picked = [known[i] for i in sorted({0, len(known) // 3, 2 * len(known) // 3, len(known) - 1})]
-    about = f"Score ({run.config.get('score', 'loss')}) of all samples that have one."
+    about = f"Score ({run.pruning.score}) of all samples that have one."
     with _figure(f"Scores: {label}", about, blocks) as figure:
         axes = figure.add_subplot(xlabel="score", ylabel="samples (%)", xscale="log")
-        reach: list[float] = []
-        for line in picked:
+        for line, colour in zip(picked, _COLOURS, strict=False):
             of = line.score_histogram or {}
-            counts = np.array(of["counts"][1:-1], dtype=float)
+            counts = np.array(of["counts"][1:-1])
             edges = np.geomspace(of["low"], of["high"], len(counts) + 1)
-            held = np.flatnonzero(counts)
-            reach += [edges[held[0]], edges[held[-1] + 1]] if held.size else []
-            shares = 100 * counts / max(1, sum(of["counts"]) + of["unseen"])
-            axes.stairs(shares, edges, label=f"epoch {line.epoch}", linewidth=1.5)
-        for patch, colour in zip(axes.patches, _COLOURS, strict=False):
-            patch.set_edgecolor(colour)
-        if reach:
-            axes.set_xlim(min(reach), max(reach))
+            held = slice(*(np.flatnonzero(counts)[[0, -1]] + [0, 1])) if counts.any() else slice(0)
+            shares = 100 * counts[held] / max(1, sum(of["counts"]) + of["unseen"])
+            label = f"epoch {line.epoch}"
+            axes.stairs(shares, edges[held.start or 0 : held.stop + 1], label=label, ec=colour)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -218,29 +208,25 @@ def _classes(run: Run, label: str, found: dict[str, np.ndarray], blocks: list[Bl
 
 def _pictures(run: Run, label: str, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
     half = len(found["pictured"]) // 2
-    for title, part in (
-        ("Kept least", slice(0, min(half, _PICTURES))),
-        ("Kept most", slice(half, half + _PICTURES)),
-    ):
-        numbers, images = found["pictured"][part], found["pictures"][part]
-        if not len(numbers):
-            continue
-        about = f"Class, epochs that trained on it of {len(run.epochs)}, and last score."
-        rows = -(-len(numbers) // 6)
-        with _figure(f"{title}: {label}", about, blocks, 1.35 * rows) as figure:
-            grid = [*figure.subplots(rows, 6, squeeze=False).flat]
-            for axes in grid:
-                axes.set_axis_off()
-            for axes, number, image in zip(grid, numbers, images, strict=False):
-                name = _class(run, int(found["labels"][number]))
-                score = f", {found['scores'][number]:.2g}" if "scores" in found else ""
-                axes.imshow(image, interpolation="nearest")
-                axes.set_title(f"{name}\n{found['kept'][number]}{score}", fontsize=8)
+    few = min(half, _PICTURES)
+    about = "Above those kept least, below those kept most: class, epochs that trained on it of "
+    about += f"{len(run.epochs)}, and last score."
+    with _figure(f"Kept least and most: {label}", about, blocks, 2.7) as figure:
+        grid = figure.subplots(2, _PICTURES)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, at in zip(
+            grid[:, :few].flat, [*range(few), *range(half, half + few)], strict=True
+        ):
+            number = found["pictured"][at]
+            name = _class(run, int(found["labels"][number]))
+            axes.imshow(found["pictures"][at], interpolation="nearest")
+            told = f"{name}\n{found['kept'][number]}, {found['scores'][number]:.2g}"
+            axes.set_title(told, fontsize=7)
 
 
 def _class(run: Run, label: int) -> str:
-    names = run.record.classes or []
-    name = names[label] if label < len(names) else f"class {label}"
+    name = run.record.classes[label] if run.record.classes else f"class {label}"
     return name if len(name) <= 16 else f"{name[:15]}…"
 
 

@@ -23,9 +23,7 @@ class Run:
     """The record of one run, as far as it has come.
 
     Attributes:
-        name: the end of its folder's path that tells it from the others.
         epochs: the first ones without a gap.
-        summary: None while there is none, and where it is not of these epochs.
         damaged: whether there is more in epochs.jsonl that cannot be read.
     """
 
@@ -54,7 +52,7 @@ class Run:
     @property
     def size(self) -> int:
         """N, the training samples; the first epoch of older records, which do not tell, has all."""
-        return self.record.samples.get("train") or (self.epochs[0].kept if self.epochs else 0)
+        return self.record.samples.get("train") or self.epochs[0].kept
 
     @property
     def trained(self) -> int:
@@ -105,15 +103,7 @@ class Run:
     @property
     def total_seconds(self) -> float:
         """Wall time so far, of everything."""
-        return sum(
-            line.seconds
-            if line.seconds is not None
-            else training_seconds(line)
-            + line.startup_seconds
-            + line.evaluation_seconds
-            + line.checkpoint_seconds
-            for line in self.epochs
-        )
+        return sum(line.seconds or 0.0 for line in self.epochs)  # older records do not tell
 
     @property
     def device(self) -> str:
@@ -123,21 +113,18 @@ class Run:
     @property
     def form(self) -> str:
         """What else a run's speed depends on; fallbacks show here."""
-        words = []
+        parts: dict[str | None, bool | None] = {}
         if (of := self.summary) is not None:
-            words += [of.loader] if of.loader else []
-            parts = {"compiled": of.compiled, "captured": of.captured, "kernels": of.by_kernels}
-            words += [word for word, has in parts.items() if has]
-        watched = self.config.get("host_syncs", "off") != "off"
-        return ", ".join([*words, *["host syncs watched"] * watched])
+            parts = {of.loader: True, "compiled": of.compiled, "captured": of.captured}
+            parts |= {"kernels": of.by_kernels}
+        parts["host syncs watched"] = self.config.get("host_syncs", "off") != "off"
+        return ", ".join(word for word, has in parts.items() if word and has)
 
     @property
     def state(self) -> str:
         """Complete or not, and what a reader must know of its figures."""
-        epochs = self.config["epochs"]
-        words = ["complete"]
-        if not self.complete:
-            words = [f"INCOMPLETE: {len(self.epochs)} of {counted(epochs, 'epoch')}"]
+        far = f"INCOMPLETE: {len(self.epochs)} of {counted(self.config['epochs'], 'epoch')}"
+        words = ["complete" if self.complete else far]
         if self.damaged:
             words.append("DAMAGED")
         if skipped := sum(line.skipped_steps for line in self.epochs):

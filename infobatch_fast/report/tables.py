@@ -21,13 +21,16 @@ from infobatch_fast.report.runs import FREE, Run, Section
 from infobatch_fast.report.text import figures, mean, seconds
 
 NONE = "–"
+# Settings that no suggested command repeats; the last two are older records', no flags any more.
+_UNASKED = FREE - {"seed", "preset", "epochs", "device"} | {"synthetic_easy", "synthetic_hard"}
 _HOW = (
-    "A difference is in points of the last epoch's accuracy, paired by seed: lower or higher where "
-    f"its 95% t interval leaves out 0, equal where the interval is within ±{WIDTH:g} points of it, "
-    "else undecided, with about how many more seeds would bring it there (+n). Training shorter is "
-    "full data for fewer epochs, on as many samples: what pruning has to beat. Time is of training "
-    "with its pruning, without start-up and evaluation, the median over seeds with its range; it "
-    "is compared on one device and form alone, and means little where other work ran beside it."
+    "A difference is in points of the last epoch's accuracy, paired by seed, with its 95% t "
+    "interval: lower or higher where that leaves out 0, equal where it is within "
+    f"±{WIDTH:g} points of it, else undecided, with about how many more seeds would bring it there "
+    "(+n). Training shorter is full data for fewer epochs, on as many samples: what pruning has to "
+    "beat. Time is of training with its pruning, without start-up and evaluation, the median over "
+    "seeds with its range; it is compared on one device and form alone, and means little where "
+    "other work ran beside it."
 )
 # The paper's accuracy in percent, minutes, and seconds of overhead an epoch.
 REPORTED: dict[Pruning, tuple[float, float, float | None]] = {
@@ -77,24 +80,6 @@ def answer(section: Section) -> list[Block]:
     return blocks
 
 
-def paired_table(section: Section) -> list[Block]:
-    """Every difference with its interval."""
-    rows = trainings(section)
-    cells = [
-        [
-            *(row.label, one.against, ", ".join(map(str, one.points.index)), f"{one.mean:+.2f}"),
-            *((NONE,) if one.half is None else (_interval(one),)),
-            *(one.verdict, str(one.more or "?") if one.verdict == "undecided" else NONE),
-            *(f"{100 * one.samples:.1f}%", _time(one) or NONE),
-        ]
-        for row in rows
-        for one in (against_full(row, rows), against_shorter(row, rows))
-        if one is not None
-    ]
-    head = ["training", "against", "seeds", "points", "95% interval", "verdict", "more seeds"]
-    return [Table([*head, "fewer samples", "less time"], cells, left=3)] if cells else []
-
-
 def run_table(section: Section) -> list[Block]:
     """Every run's figures, without columns that say nothing, and what they were measured with."""
     columns: dict[str, Callable[[Run], str]] = {
@@ -102,7 +87,7 @@ def run_table(section: Section) -> list[Block]:
         "training": section.label,
         "seed": lambda run: str(run.config["seed"]),
         "state": lambda run: run.state,
-        "accuracy %": lambda run: f"{run.accuracy:.2f}" if run.accuracy is not None else NONE,
+        "accuracy %": lambda run: NONE if run.accuracy is None else f"{run.accuracy:.2f}",
         "saved %": lambda run: f"{100 * (run.saved_share or 0.0):.1f}",
         "s an epoch": lambda run: figures(run.epoch_seconds) if run.epoch_seconds else NONE,
         "images/s": lambda run: f"{run.images_per_second or 0:,.0f}",
@@ -143,30 +128,21 @@ def reported_tables(section: Section) -> list[Block]:
         known = [value for value in values if value is not None]
         return mean(known, digits) if known else "not measured"
 
-    def timed(of: Pruning, figure: Callable[[Run], float | None], digits: int = 2) -> str:
-        several = len({(run.device, run.form) for run in ours.get(of.method, [])}) > 1
-        return "several devices" if several else measured(of, figure, digits)
-
     def overhead(run: Run) -> float | None:
         return None if run.pruning_seconds is None else run.pruning_seconds / len(run.epochs)
 
-    def accuracy(of: Pruning, paper: float) -> list[str]:
-        return [of.label, f"{paper:.2f}", measured(of, lambda run: run.accuracy)]
+    def row(of: Pruning, paper: float, *more: str) -> list[str]:
+        runs = str(len(ours.get(of.method, [])))
+        return [of.label, f"{paper:.2f}", measured(of, lambda run: run.accuracy), *more, runs]
 
-    cells = [
-        [
-            *(*accuracy(of, percent), f"{minutes:.2f}", timed(of, lambda run: run.seconds / 60)),
-            *(f"{cost:.2f}" if cost else NONE, timed(of, overhead, 5)),
-            str(len(ours.get(of.method, []))),
-        ]
-        for of, (percent, minutes, cost) in REPORTED.items()
-    ]
+    cells = []
+    for of, (percent, minutes, cost) in REPORTED.items():
+        took = [f"{minutes:.2f}", measured(of, lambda run: run.seconds / 60)]
+        cells.append(
+            row(of, percent, *took, f"{cost:.2f}" if cost else NONE, measured(of, overhead, 5))
+        )
     names = ("accuracy %", "minutes", "overhead s")
     heads = ["training", *(f"{of} {by}" for of in names for by in ("paper", "ours")), "runs"]
-    ablation = [
-        [*accuracy(of, percent), str(len(ours.get(of.method, [])))]
-        for of, percent in ABLATION.items()
-    ]
     devices = ", ".join(dict.fromkeys(run.device for run in section.runs))
     about = (
         "The paper's (arXiv:2303.04947) are of one A100, batch 200, LARS, and of single runs in "
@@ -176,7 +152,7 @@ def reported_tables(section: Section) -> list[Block]:
     return [
         Heading("Beside the reported experiments", 2),
         Table(heads, cells),
-        Table([*heads[:3], "runs"], ablation),
+        Table([*heads[:3], "runs"], [row(of, percent) for of, percent in ABLATION.items()]),
         Text(about, "aside"),
     ]
 
@@ -207,17 +183,14 @@ def _told(one: Paired, unit: str = "") -> str:
     if one.half is None:
         return f"{points} (1 seed: the noise is not known)"
     more = f"; about {one.more} more would tell" if one.verdict == "undecided" else ""
-    return f"{points} (95% interval {_interval(one)}, {len(one.points)} seeds{more})"
+    interval = f"{one.mean - one.half:+.2f} to {one.mean + one.half:+.2f}"
+    return f"{points} (95% interval {interval}, {len(one.points)} seeds{more})"
 
 
 def _brief(one: Paired) -> str:
+    half = "" if one.half is None else f" ± {one.half:.2f}"
     more = f" (+{one.more})" if one.verdict == "undecided" and one.more else ""
-    return f"{one.mean:+.2f} {one.verdict}{more}"
-
-
-def _interval(one: Paired) -> str:
-    half = one.half or 0.0
-    return f"{one.mean - half:+.2f} to {one.mean + half:+.2f}"
+    return f"{one.mean:+.2f}{half} {one.verdict}{more}"
 
 
 def _time(one: Paired) -> str:
@@ -256,7 +229,7 @@ def _train(run: Run, pruning: Pruning, epochs: int) -> list[str]:
     words = []
     for name, value in {**run.config, "epochs": epochs}.items():
         flag = name.replace("_", "-")
-        if name in FREE - {"seed", "preset", "epochs", "device"} or value is None:
+        if name in _UNASKED or value is None:
             continue
         if name.startswith("synthetic_") and run.config["dataset"] != "synthetic":
             continue

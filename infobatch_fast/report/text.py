@@ -5,15 +5,8 @@ from collections.abc import Sequence
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table with aligned columns, a line an element.
-
-    Args:
-        headers: a name for each column.
-        rows: as many cells each; a "|" or a line break in one is taken care of.
-        left: how many of the first columns hold words, and are aligned to the left.
-    """
+    """A Markdown table, a line an element; the first `left` columns are aligned to the left."""
     cells = [[_plain(cell) for cell in row] for row in (headers, *rows)]
-    assert all(len(row) == len(headers) for row in cells), "a row of another length"
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:
@@ -34,6 +27,15 @@ def seconds(value: float) -> str:
         ("s", 1.0) if size >= 0.9995 else ("ms", 1e3) if size >= 0.9995e-3 else ("us", 1e6)
     )
     return f"{figures(value * factor)} {unit}"
+
+
+def amount(value: float, unit: str | None) -> str:
+    """A measured value with its unit, which is made to suit it: 12.3 us, 1.02 TB/s."""
+    if unit == "s":
+        return seconds(value)
+    prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6)) if unit in ("B/s", "FLOP/s") else ()
+    prefix, factor = next((each for each in prefixes if abs(value) >= each[1]), ("", 1))
+    return f"{figures(value / factor)} {prefix}{unit}"
 
 
 def figures(value: float) -> str:

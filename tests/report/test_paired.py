@@ -25,7 +25,6 @@ from infobatch_fast.report.runs import sections
 )
 def test_quantile(freedom: int, value: float) -> None:
     assert quantile(freedom) == pytest.approx(value, abs=5e-4)
-    assert quantile(freedom, 0.5) < quantile(freedom, 0.9) < value
 
 
 @pytest.mark.parametrize(
