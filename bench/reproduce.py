@@ -29,7 +29,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import tyro
@@ -343,7 +343,7 @@ def write_results(out: Path, plan: Sequence[Planned], failed: Mapping[str, str])
             "state": "failed" if planned.name in failed else state,
             "reason": failed.get(planned.name),
             "command": ["python", *TRAIN[1:], *planned.words],
-            "summary": records.to_json(planned.summary) if planned.summary else None,
+            "summary": asdict(planned.summary) if planned.summary else None,
             **(planned.about or {}),
         }
         lines.append(json.dumps(line) + "\n")

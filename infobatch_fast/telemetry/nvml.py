@@ -29,13 +29,7 @@ _SAMPLED: dict[str, Callable[[Any, Any], float]] = {
 
 
 class Nvml:
-    """A thread that samples one GPU in a `with`, without a word to the device's own queue.
-
-    Args:
-        device: sampled if it is a CUDA device; a CPU has no figures, for that reason.
-        enabled: False samples nothing, and says so.
-        period: s between samples.
-    """
+    """A thread that samples one GPU in a `with`, each `period` s; of a CPU it has no figures."""
 
     def __init__(
         self, device: torch.device, *, enabled: bool = True, period: float = PERIOD

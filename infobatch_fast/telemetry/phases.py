@@ -1,10 +1,12 @@
 """Where an epoch's time goes, measured without making the host wait; and how scores lie."""
 
 import math
+import resource
+import sys
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +19,6 @@ OTHER = "other"
 # is in none of them.
 PHASES = ("choose", "wait", "step", "update", "startup", "evaluation", "checkpoint", OTHER)
 PRUNING = ("choose", "update")  # what pruning adds
-_MARKS = 2000
 
 
 class Phases:
@@ -33,17 +34,23 @@ class Phases:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = [OTHER]
-        self._spans: dict[str, _Span] = {}
         self._at: float | None = None
         self._event: torch.cuda.Event | None = None
-        self._marks: deque[tuple[str, torch.cuda.Event]] = deque()
+        self._marks: list[tuple[str, torch.cuda.Event]] = []
         self._spare: list[torch.cuda.Event] = []
 
-    def __call__(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
         """A `with` whose block is counted under a name, but for the phases inside it."""
         if not self.enabled:
-            return nullcontext()
-        return self._spans.get(name) or self._spans.setdefault(name, _Span(self, name))
+            yield
+            return
+        self._mark(self._open[-1])
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._mark(self._open.pop())
 
     def each(self, name: str, items: Iterable[ItemT]) -> Iterator[ItemT]:
         """The items, with the time that each takes to come counted under a name."""
@@ -65,9 +72,13 @@ class Phases:
         if not self.enabled:
             return {}
         self._mark(self._open[-1])
-        while self._marks:
-            self._marks[0][1].synchronize()
-            self._fold()
+        for ending, event in self._marks:
+            event.synchronize()
+            if self._event is not None:
+                self._seconds[ending] += self._event.elapsed_time(event) / 1000
+                self._spare.append(self._event)
+            self._event = event
+        self._marks.clear()
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds
@@ -83,28 +94,6 @@ class Phases:
         event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append((ending, event))
-        # An epoch may have millions of steps: what the device has passed is added up.
-        while len(self._marks) > _MARKS and self._marks[0][1].query():
-            self._fold()
-
-    def _fold(self) -> None:
-        ending, event = self._marks.popleft()
-        if self._event is not None:
-            self._seconds[ending] += self._event.elapsed_time(event) / 1000
-            self._spare.append(self._event)
-        self._event = event
-
-
-class _Span(AbstractContextManager):
-    def __init__(self, phases: Phases, name: str) -> None:
-        self._phases, self._name = phases, name
-
-    def __enter__(self) -> None:
-        self._phases._mark(self._phases._open[-1])
-        self._phases._open.append(self._name)
-
-    def __exit__(self, *error: object) -> None:
-        self._phases._mark(self._phases._open.pop())
 
 
 # Of losses, equal in the logarithm: 32 bins a decade.
@@ -113,14 +102,10 @@ SCORE_LOW, SCORE_HIGH, SCORE_BINS = 1e-2, 1e2, 128
 
 @torch.no_grad()
 def score_histogram(scores: Tensor) -> dict[str, Any]:
-    """How the scores are distributed, for an epoch's record; the host waits for it.
+    """How the scores (N,) are distributed, for an epoch's record; the host waits for it.
 
-    Args:
-        scores: (N,) float32, losses.
-
-    Returns:
-        low and high, the ends of SCORE_BINS bins that are equal in the logarithm; counts, a list of
-        the scores below low, those in each bin, and those from high on; and unseen, of NaN.
+    In SCORE_BINS bins from low to high, equal in the logarithm; counts is a list of the scores
+    below low, those in each bin, and those from high on; unseen counts NaN.
     """
     place = (scores / SCORE_LOW).log2_().mul_(SCORE_BINS / math.log2(SCORE_HIGH / SCORE_LOW))
     place = place.floor_().clamp_(-1, SCORE_BINS).nan_to_num_(SCORE_BINS + 1).add_(1).long()
@@ -133,8 +118,5 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that torch held on the GPU, or on a CPU the most the process was resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

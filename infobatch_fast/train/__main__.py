@@ -44,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
-    """The command line: train, resume or evaluate.
-
-    Raises:
-        Diverged, Interrupted, UserError: as they say.
-    """
+    """Train, resume or evaluate, as the command line says."""
     evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
     if evaluated is not None and resumed is not None:
         raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")
@@ -152,9 +148,6 @@ def load_data(
 
     Args:
         stand_in: whether `quick`, if no data set was named, may take a synthetic one, loudly.
-
-    Raises:
-        UserError: there is none, or a file of it is broken.
     """
     name = settings.dataset or "cifar10"
     if name != "synthetic":
@@ -181,13 +174,9 @@ def _recorded(folder: Path) -> Config:
 
 
 def _check(settings: Config, data: Dataset) -> None:
-    samples, part = data.labels.numel(), settings.data_fraction
-    if settings.batch_size > samples:
-        of = f" of data_fraction {part:g}" if part < 1 else ""
-        raise UserError(
-            f"batch_size must be at most the {samples} training samples{of}, "
-            f"got {settings.batch_size}"
-        )
+    samples = f"the {data.labels.numel()} samples of data_fraction {settings.data_fraction:g}"
+    if settings.batch_size > data.labels.numel():
+        raise UserError(f"batch_size must be at most {samples}, got {settings.batch_size}")
     if settings.compile and settings.host_syncs != "off" and data.images.device.type == "cpu":
         # What watches the reads would silently keep torch.compile from compiling.
         raise UserError(
@@ -196,9 +185,8 @@ def _check(settings: Config, data: Dataset) -> None:
 
 
 def _name(settings: Config) -> str:
-    when = datetime.now().strftime("%Y%m%d-%H%M%S")
-    pruning = settings.pruning.slug
-    return f"{settings.dataset}-{settings.model}-{pruning}-s{settings.seed}-{when}-{os.getpid()}"
+    run = f"{settings.dataset}-{settings.model}-{settings.pruning.slug}-s{settings.seed}"
+    return f"{run}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 if __name__ == "__main__":

@@ -65,14 +65,11 @@ class Interrupts:
 
 
 def command(body: Callable[[Interrupts, Say], None], out_of_memory: str) -> int:
-    """Run a command's body; a mistake, a signal or a deaf output ends it with one line.
+    """Run a command's body and return the exit code; whatever ends it is told in one line.
 
     Args:
         body: gets the signals, and what shows a line to the user.
         out_of_memory: what to lower where memory ran out.
-
-    Returns:
-        The exit code: 0 done, 2 a mistake or no room, 128 and a signal's number.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -127,12 +124,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def parse(
     kind: type[OptionsT], arguments: Sequence[str], program: str, default: OptionsT
 ) -> OptionsT:
-    """A dataclass, whose docstring is the help text, from the command line.
-
-    Args:
-        arguments: the words after the program's name.
-        program: how the user calls it.
-        default: the values of flags that are not given.
+    """A dataclass, whose docstring is the help text, from the words after the program's name.
 
     Raises:
         UserError: a flag does not parse, in one line.

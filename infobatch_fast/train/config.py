@@ -143,7 +143,7 @@ class Config:
 _NAMES = [each.name for each in fields(Config) if each.name != "pruning"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {},  # and on CUDA compiled and captured
     "quick": {
         "model": "small",
         "epochs": 10,
@@ -154,19 +154,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-ON_CUDA: dict[str, dict[str, Any]] = {"paper": {"compile": True, "graph": True}, "quick": {}}
-
 
 def from_record(record: Mapping[str, Any]) -> Config:
-    """The settings that `Config.recorded` gave, of this version or an older one.
-
-    Raises:
-        UserError: a setting is of the wrong type or out of range.
-    """
+    """The settings that `Config.recorded` gave, of this version or an older one."""
     where = "the record's config"
     pruning = records.parse(Pruning, record, where)
-    places = {name: None for name in UNRECORDED}
-    return records.parse(Config, {**record, **places, "pruning": pruning}, where)
+    return records.parse(Config, {**record, "pruning": pruning}, where)
 
 
 def parse(arguments: Sequence[str], *, cuda: bool) -> Config:
@@ -174,29 +167,19 @@ def parse(arguments: Sequence[str], *, cuda: bool) -> Config:
 
     Args:
         cuda: whether there is a CUDA device.
-
-    Raises:
-        UserError: a flag does not parse, or its value is out of range or unknown.
-        SystemExit: with code 0 after --help.
     """
     device = peek(arguments, "device") or "auto"
     cuda = device == "cuda" or (device == "auto" and cuda)
     preset = peek(arguments, "preset") or ("paper" if cuda else "quick")
     if preset not in PRESETS:
         raise UserError(unknown_name("preset", preset, PRESETS))
-    defaults = {**PRESETS[preset], **(ON_CUDA[preset] if cuda else {})}
+    fast = cuda and preset == "paper"
+    defaults = {"compile": fast, "graph": fast, **PRESETS[preset]}
     return _command_line(arguments, Config(preset=preset, **defaults))  # pyright: ignore
 
 
 def of_run(arguments: Sequence[str], recorded: Config, action: str) -> Config:
-    """The settings of a recorded run, changed by the command line as the action allows.
-
-    Args:
-        action: resume or evaluate.
-
-    Raises:
-        UserError: a flag differs from the record that may not.
-    """
+    """The settings of a recorded run, changed by the command line as resume or evaluate allows."""
     given = _command_line(arguments, recorded)
     may = RESUMABLE if action == "resume" else EVALUABLE
     if recorded.dataset == "synthetic":
@@ -219,20 +202,8 @@ def peek(arguments: Sequence[str], name: str) -> str | None:
     return parser.parse_known_args(list(arguments))[0].value
 
 
-def differences(config: Config, recorded: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ from a record and that resuming may not change."""
-    # A record of an older version lacks the settings that came later, and has some that went.
-    theirs = {**Config().recorded(), **recorded}
-    mine = config.recorded().items()
-    return [name for name, value in mine if name not in RESUMABLE and theirs[name] != value]
-
-
 def settle(config: Config, dataset: str, device: str) -> Config:
-    """The settings with the data set and the device that were found, as they are recorded.
-
-    Raises:
-        UserError: a CUDA graph was asked for on a CPU.
-    """
+    """The settings with the data set and the device that were found, as they are recorded."""
     if config.graph and device != "cuda":
         raise UserError("graph must be off on a CPU, got --graph")
     whole = config.whole_batches or config.compile or config.graph

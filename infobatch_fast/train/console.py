@@ -15,12 +15,10 @@ REACHED = 0.001  # of all samples: whole samples and batches need not meet a tar
 
 def preset_line(settings: Config, chosen: bool) -> str:
     """Which preset is taken, why, and how to have the other."""
-    why = {
-        "paper": "the reported recipe; --preset quick has a short demonstration",
-        "quick": "a demonstration, as there is no CUDA device to use; --preset paper has the "
-        "reported recipe",
-    }
-    return f"preset     {settings.preset}, {'as asked for' if chosen else why[settings.preset]}"
+    why = "the reported recipe; --preset quick has a short demonstration"
+    if settings.preset == "quick":
+        why = "a demonstration, as no CUDA device is used; --preset paper has the reported recipe"
+    return f"preset     {settings.preset}, {'as asked for' if chosen else why}"
 
 
 def header(
@@ -32,15 +30,14 @@ def header(
     loader: str,
 ) -> list[str]:
     """Device, data, model, recipe, and what pruning can save at most."""
-    if "threads" in device:
-        where = f"{device['name']}, torch threads: {device['threads']}"
-    else:
-        memory = device["memory_bytes"] / 2**30
-        where = f"{device['name']}, {memory:.0f} GiB, CUDA {device['cuda']}"
+    where = f"torch threads: {device.get('threads')}"
+    if device["type"] == "cuda":
+        where = f"{device['memory_bytes'] / 2**30:.0f} GiB, CUDA {device['cuda']}"
     kind = data.name if data.name == data.source else f"{data.name} ({data.source})"
     precision = {"off": "float32"}.get(settings.amp, f"{settings.amp} autocast")
-    lines = [
-        f"device     {where}",
+    target = settings.pruning.target_saving is not None
+    return [
+        f"device     {device['name']}, {where}",
         f"data       {kind}: {data.labels.numel():,} training and {data.test_labels.numel():,} "
         f"test images, {data.num_classes} classes, fed by {loader}",
         f"model      {settings.model}, {parameters:,} parameters, channels_last, {precision}"
@@ -51,8 +48,8 @@ def header(
         f"decay {settings.weight_decay:g}, label smoothing {settings.label_smoothing:g}, "
         f"seed {settings.seed}",
         pruning_line(settings),
+        *([target_line(infobatch)] if target else []),
     ]
-    return [*lines, *([] if settings.pruning.target_saving is None else [target_line(infobatch)])]
 
 
 def pruning_line(settings: Config) -> str:
@@ -74,31 +71,25 @@ def pruning_line(settings: Config) -> str:
         line += f"saves at most delta x ratio x share = {delta:g} x {of.ratio:g} x share = "
         line += f"{delta * of.ratio:.1%} x share of the {PRUNABLE.get(of.policy, 'samples seen')}"
     full = settings.epochs - of.first_full_epoch(settings.epochs)
-    if full == 1:
-        return line + "; the last epoch trains on all"
-    return line + (f"; the last {full} epochs train on all" if full else "")
+    return line + f"; the last {full} train on all" * (full > 0)
 
 
 def target_line(infobatch: InfoBatch) -> str:
     """What --target-saving asks of each epoch, and whether that can be."""
     target, most = infobatch.pruning.target_saving, infobatch.most_saving
     assert target is not None
-    pruning = infobatch.first_full_epoch - 1
+    pruning = max(0, infobatch.first_full_epoch - 1)  # the first epoch has no scores yet
     if target > most:
-        why = "there is but one epoch that may prune, the first, which has no scores yet"
-        if pruning > 0:
-            weighted = f", {infobatch.most_ratio:.0%} of them at most" * (infobatch.most_ratio < 1)
-            why = (
-                f"{pruning} of the {infobatch.num_epochs} epochs can leave out samples{weighted}, "
-                f"and so the run can save {most:.1%} at most"
-            )
-        return f"WARNING: target_saving {target:g} cannot be reached: {why}"
+        return (
+            f"WARNING: target_saving {target:g} cannot be reached: {pruning} of the "
+            f"{infobatch.num_epochs} epochs can leave out samples, and so the run can save "
+            f"{most:.1%} at most"
+        )
     part = target * infobatch.num_epochs / pruning
-    line = f"target     {part:.1%} of the samples out of each epoch that prunes, "
-    if infobatch.pruning.policy in PRUNABLE:
-        needed = part / infobatch.most_ratio
-        return f"{line}possible while {needed:.1%} are {PRUNABLE[infobatch.pruning.policy]}"
-    return f"{line}which {infobatch.pruning.policy} can do"
+    line = f"target     {part:.1%} of the samples out of each epoch that prunes"
+    if of := PRUNABLE.get(infobatch.pruning.policy):
+        line += f", possible while {part / infobatch.most_ratio:.1%} are {of}"
+    return line
 
 
 def strained(plan: Plan, infobatch: InfoBatch) -> str | None:
@@ -106,42 +97,33 @@ def strained(plan: Plan, infobatch: InfoBatch) -> str | None:
     capped = plan.num_prunable == 0 or plan.ratio >= infobatch.most_ratio - 1e-9
     if infobatch.asked < 0.5 or not capped:
         return None
-    why = "all but one"
-    if infobatch.most_ratio < 1:
-        why = f"at most {infobatch.most_ratio:.0%}, as those kept are weighted"
-    last = plan.epoch == infobatch.first_full_epoch - 1
     return (
         f"WARNING: target_saving {infobatch.pruning.target_saving:g} asks epoch {plan.epoch + 1} "
         f"to leave out {infobatch.asked:,.0f} samples; of its {plan.num_prunable:,} prunable ones "
-        f"it leaves out {why}: {plan.num_samples - len(plan):,}; "
-        f"{'so it is missed' if last else 'the rest falls to later epochs'}"
+        f"it can leave out {plan.num_samples - len(plan):,}"
     )
 
 
 def epoch_line(line: EpochLine, settings: Config, samples: int) -> str:
     """One epoch: kept of N samples, loss, learning rate, accuracy, images/s, seconds."""
     width, total = len(str(settings.epochs)), f"{samples:,}"
-    loss = line.loss or 0.0
-    of = settings.pruning
+    loss, of, pruning = line.loss or 0.0, settings.pruning, line.pruning_seconds
     speed = "-" if line.images_per_second is None else f"{line.images_per_second:,.0f}"
-    return "  ".join(
-        part
-        for part, shown in (
-            (f"epoch {line.epoch:{width}}/{settings.epochs}", True),
-            (f"kept {line.kept:{len(total)},}/{total}", True),
-            (f"loss {loss:{'.4f' if loss < 1e6 else '.2e'}}", True),
-            (f"lr {line.lr:.2e}", True),
-            ("accuracy " + ("     -" if line.accuracy is None else f"{line.accuracy:6.2%}"), True),
-            (f"{speed:>7} images/s", True),
-            (f"{line.train_seconds + (line.pruning_seconds or 0.0):.2f} s", True),
-            (f"pruning {line.pruning_seconds or 0.0:.4f} s", line.pruning_seconds is not None),
-            (f"start-up {line.startup_seconds:.1f} s", line.startup_seconds),
-            (f"r {line.ratio:.3f}", of.target_saving or of.ratio_schedule != "constant"),
-            (f"host syncs {line.host_syncs}", line.host_syncs is not None),
-            (f"SKIPPED {line.skipped_steps} non-finite steps", line.skipped_steps),
-        )
-        if shown
-    )
+    parts = {
+        f"epoch {line.epoch:{width}}/{settings.epochs}": True,
+        f"kept {line.kept:{len(total)},}/{total}": True,
+        f"loss {loss:{'.4f' if loss < 1e6 else '.2e'}}": True,
+        f"lr {line.lr:.2e}": True,
+        "accuracy " + ("     -" if line.accuracy is None else f"{line.accuracy:6.2%}"): True,
+        f"{speed:>7} images/s": True,
+        f"{line.train_seconds + (pruning or 0.0):.2f} s": True,
+        f"pruning {pruning or 0.0:.4f} s": pruning is not None,
+        f"start-up {line.startup_seconds:.1f} s": line.startup_seconds,
+        f"r {line.ratio:.3f}": of.target_saving or of.ratio_schedule != "constant",
+        f"host syncs {line.host_syncs}": line.host_syncs is not None,
+        f"SKIPPED {line.skipped_steps} non-finite steps": line.skipped_steps,
+    }
+    return "  ".join(part for part, shown in parts.items() if shown)
 
 
 def summary_lines(summary: Summary, folder: Path) -> list[str]:
@@ -166,7 +148,9 @@ def summary_lines(summary: Summary, folder: Path) -> list[str]:
         "host syncs": summary.host_syncs is not None
         and f"{summary.host_syncs:,} within {summary.epochs} epochs",
         "memory": f"{summary.peak_memory_bytes / 2**30:.2f} GiB at the peak",
-        "form": _form(summary),
+        "form": f"network {'' if summary.compiled else 'not '}compiled, steps "
+        f"{'' if summary.captured else 'not '}captured, operations by "
+        f"{'Triton' if summary.by_kernels else 'torch'}, fed by {summary.loader}",
         "run": f"{folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt, "
         "arrays of the samples (.npy)",
     }
@@ -183,8 +167,7 @@ def _time(summary: Summary) -> str:
         share = pruning / max(pruning + training, 1e-9)
         part = "" if summary.update_timed else "; the update is in the step"
         parts.append(f"pruning {pruning:.3f} s ({share:.2%} of both{part})")
-    if summary.startup_seconds:
-        parts.append(f"start-up {summary.startup_seconds:.1f} s")
+    parts.append(f"start-up {summary.startup_seconds:.1f} s")
     parts.append(f"evaluation {summary.evaluation_seconds:.1f} s")
     parts.append(f"checkpoints {summary.checkpoint_seconds:.1f} s")
     each = "" if summary.epoch_seconds is None else f"; an epoch {summary.epoch_seconds:.2f} s"
@@ -197,19 +180,7 @@ def _energy(summary: Summary) -> str:
         why = absent.get("all") or absent.get("joules") or "not at every reading of the run"
         return f"not measured: {why}"
     line = f"{summary.joules:,.0f} J"
-    if summary.joules_per_image is not None:
-        line += (
-            f": {summary.joules_per_image:.4f} J an image trained on, and by that about "
-            f"{summary.joules_saved:,.0f} J saved"
-        )
+    if (each := summary.joules_per_image) is not None:
+        line += f": {each:.4f} J an image trained on, and by that about "
+        line += f"{summary.joules_saved:,.0f} J saved"
     return line
-
-
-def _form(summary: Summary) -> str | None:
-    """What the run really was, at its end; an older summary does not say."""
-    if summary.loader is None:
-        return None
-    network = "compiled" if summary.compiled else "not compiled"
-    steps = "captured" if summary.captured else "not captured"
-    kernels = "Triton" if summary.by_kernels else "torch"
-    return f"network {network}, steps {steps}, operations by {kernels}, fed by {summary.loader}"

@@ -18,29 +18,22 @@ import torch
 import infobatch_fast
 from infobatch_fast.errors import UserError
 from infobatch_fast.telemetry import nvml
-from infobatch_fast.train.records import CHECKPOINT, CONFIG, EPOCHS, atomically
+from infobatch_fast.train.records import CHECKPOINT, CONFIG, EPOCHS, atomically, doing
 
 CHECKPOINT_VERSION = 1
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a run's folder; it ends with the process at the latest.
-
-    Raises:
-        UserError: another process has it, or the folder cannot be opened.
-    """
-    try:
+    """Keep other processes from training in a run's folder, until this one ends at the latest."""
+    with doing(f"open the run's folder {folder}"):
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"cannot open the run's folder {folder}: {error.strerror}") from None
     try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training in {folder}") from None
-        except OSError:
-            pass  # a file system without locks
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is training in {folder}") from None
         yield
     finally:
         os.close(number)
@@ -48,10 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def check_empty(folder: Path) -> None:
     """Raise UserError if a run's folder holds something."""
-    try:  # what an atomic write left behind when it was killed is nothing
+    with doing(f"read the folder {folder}"):  # a killed write may have left its temporary file
         content = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
     if content:
         hint = f" (continue that run with --resume {folder})" if CONFIG in content else ""
         raise UserError(
@@ -125,17 +116,13 @@ def commit() -> str | None:
 
 def _git(root: Path, *words: str) -> str:
     command = ["git", "-C", str(root), *words]
-    # Inside a git hook these name another repository.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=own)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     return run.stdout.strip()
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:
@@ -147,21 +134,13 @@ def _processor() -> str:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Save a dictionary of tensors and plain values, atomically and without a copy of it all.
-
-    Raises:
-        UserError: it could not be written; an older file is still there.
-    """
+    """Save a dictionary of tensors and plain values, atomically and without a copy of it all."""
     with atomically(path) as file:
         torch.save(state, file)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A run's checkpoint, on the CPU.
-
-    Raises:
-        UserError: it is damaged, no checkpoint, or of another version.
-    """
+    """A run's checkpoint, on the CPU."""
     state = load_tensors(path)
     if (found := state.get("version")) != CHECKPOINT_VERSION:
         raise UserError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}, got {found}")
@@ -176,10 +155,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for, a device never end
         raise UserError(f"checkpoint {path} must be a regular file, got something else")
-    try:
+    with doing(f"read checkpoint {path}"):
         file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     try:
         with file, warnings.catch_warnings(action="ignore"):  # of files torch.save did not write
             if zipfile.is_zipfile(file):  # torch itself does not look at the sums

@@ -28,11 +28,8 @@ class GraphStep:
     The time of the update is in that of the step: events inside a graph cannot be read.
 
     Args:
-        step: whose state the graphs work on; see `obstacle`.
+        step: whose state the graphs work on; ValueError where there is an `obstacle`.
         say: told, once, if a capture fails; every step is eager then. None raises instead.
-
-    Raises:
-        ValueError: the step cannot be captured.
     """
 
     def __init__(self, step: TrainStep, say: Callable[[str], None] | None = None) -> None:
@@ -56,10 +53,6 @@ class GraphStep:
     def pending(self) -> bool:
         """Whether `capture` has something to do."""
         return not self._failed and len(self._graphs) < len(self._static)
-
-    def is_new(self, shape: torch.Size) -> bool:
-        """As of `TrainStep`; the capture itself, another part of start-up, is in `capture`."""
-        return self.step.is_new(shape)
 
     def __call__(
         self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float

@@ -22,14 +22,15 @@ from infobatch_fast.plan import Plan
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import PHASES, PRUNING, peak_memory
 from infobatch_fast.telemetry.syncs import HostSyncs
-from infobatch_fast.train import config, folder, records
-from infobatch_fast.train.config import Config
+from infobatch_fast.train import folder, records
+from infobatch_fast.train.config import RESUMABLE, Config
 from infobatch_fast.train.records import EpochLine, Summary
 from infobatch_fast.train.step import Counts, TrainStep
 
 NONFINITE_LIMIT = 20  # such steps in a row end the run
 CHECKPOINT_SECONDS = 60.0
 TRACKED = 1024  # samples whose scores are kept for each epoch: 4 kB an epoch
+PLAN = ("indices", "weights", "num_prunable", "ratio")  # what a checkpoint keeps of one
 PICTURED = 48  # samples whose images are kept, half of them the least kept ones
 
 # What `spending` counts, by the names in an epoch's line.
@@ -41,13 +42,7 @@ class Diverged(Exception):
 
 
 class Ledger:
-    """The state of a run outside the training step.
-
-    Args:
-        step: of an InfoBatch; its state is in the checkpoints.
-        path: the run's folder.
-        meter: of the device's energy.
-    """
+    """The state of a run outside the training step, and its folder, `path`."""
 
     def __init__(self, settings: Config, step: TrainStep, path: Path, meter: Nvml) -> None:
         assert step.infobatch is not None
@@ -99,8 +94,7 @@ class Ledger:
         seconds, joules = self._then[0] - then[0], _sum([self._then[1], then[1] and -then[1]])
         phases = self.step.phases.read()
         passed: dict[str, float | None] = {"seconds": seconds, "joules": joules}
-        if self._account == "train":
-            # What the phases took of it for pruning is counted as that instead.
+        if self._account == "train":  # what the phases took of it for pruning is no training
             pruning = sum(phases.get(name, 0.0) for name in PRUNING) if phases else None
             passed |= {"train_seconds": seconds - (pruning or 0.0), "pruning_seconds": pruning}
             passed["train_joules"] = joules
@@ -118,11 +112,7 @@ class Ledger:
         self._account = account
 
     def close_epoch(self, plan: Plan, counts: Counts, **measured: Any) -> EpochLine:
-        """Record the epoch, and begin to count what the next one spends.
-
-        Args:
-            measured: lr, accuracy, host_syncs and score_histogram, as in `EpochLine`.
-        """
+        """Record the epoch, with what else was measured, and begin to count the next one's."""
         self.samples.close_epoch(plan, self.infobatch.scores)
         self._lap(None)
         self.epoch += 1
@@ -166,19 +156,16 @@ class Ledger:
     def save(self, plan: Plan | None = None, number: int = 0) -> None:
         """Save a checkpoint: of a finished epoch, or of an epoch's plan after `number` steps.
 
-        Raises:
-            Diverged: instead of saving a state that goes nowhere.
-            UserError: the disk is full; the older checkpoint is still there.
+        It raises Diverged instead of saving a state that goes nowhere.
         """
         with self.spending("checkpoint"), self.step.phases("checkpoint"):
             self.check(self.step.read_counts())
-            names = ("num_prunable", "ratio", "indices", "weights")
             state = {
                 "version": folder.CHECKPOINT_VERSION,
                 "config": self.settings.recorded(),
                 "step": self.step.state_dict(),
                 "epoch": self.epoch,
-                "plan": None if plan is None else {name: getattr(plan, name) for name in names},
+                "plan": None if plan is None else {name: getattr(plan, name) for name in PLAN},
                 "number": number,
                 "history": [asdict(line) for line in self.history],
                 "samples": self.samples.state_dict(),
@@ -191,18 +178,14 @@ class Ledger:
         self._saved_at = time.monotonic()
 
     def restore(self, saved: dict[str, Any]) -> tuple[Plan | None, int]:
-        """Take over a checkpoint; returns the plan of the epoch under way and its steps done.
-
-        Raises:
-            UserError: it is of another configuration or shape.
-        """
+        """Take over a checkpoint; returns the plan of the epoch under way and its steps done."""
         path = self.path / records.CHECKPOINT
         try:
-            if names := config.differences(self.settings, saved["config"]):
-                raise UserError(
-                    f"checkpoint {path} must be of this run's configuration, "
-                    f"got another {', '.join(names)}"
-                )
+            for name, value in self.settings.recorded().items():  # of which older runs have fewer
+                if name not in RESUMABLE and saved["config"].get(name, value) != value:
+                    raise UserError(
+                        f"checkpoint {path} must be of this run's configuration, got another {name}"
+                    )
             self.step.load_state_dict(saved["step"])
             torch.set_rng_state(saved["random"])
             self.epoch, self.since_epoch = saved["epoch"], saved["epoch"] + 1
@@ -214,9 +197,8 @@ class Ledger:
             self.phases = saved["phases"] and {**dict.fromkeys(PHASES, 0.0), **saved["phases"]}
             plan = None
             if saved["plan"] is not None:
-                drawn = dict(saved["plan"])
-                for name in ("indices", "weights"):
-                    drawn[name] = drawn[name].to(self.device)
+                tensors = {name: saved["plan"][name].to(self.device) for name in PLAN[:2]}
+                drawn = {**saved["plan"], **tensors}
                 plan = Plan(epoch=self.epoch, num_samples=self.infobatch.num_samples, **drawn)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
@@ -227,11 +209,7 @@ class Ledger:
         return plan, saved["number"]
 
     def finish(self, data: Dataset, **forms: Any) -> Summary:
-        """Write what a finished run leaves: arrays of the samples, weights and summary.
-
-        Args:
-            forms: compiled, captured and loader, as in `Summary`.
-        """
+        """Write what a finished run leaves: arrays of the samples, weights and summary."""
         self.samples.write(self.path, data, self.infobatch.scores)
         state = self.step.model.state_dict()
         weights = {name: value.cpu().contiguous() for name, value in state.items()}
@@ -318,7 +296,7 @@ class SampleRecord:
         return {"kept": self.kept, "history": list(self.history)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state of `state_dict()`."""
+        """From a checkpoint."""
         self.kept.copy_(state["kept"])
         self.history = list(state["history"])
 
@@ -329,9 +307,6 @@ class SampleRecord:
         not seen; labels (N,) int32; tracked (M,) int64, samples; score_history (E, M) float32,
         theirs after each epoch; pictured (P,) int64, the samples kept least, ascending, and then
         those kept most, descending; pictures (P, 32, 32, 3) uint8, their images.
-
-        Raises:
-            UserError: the disk is full or read-only.
         """
         kept = self.kept.cpu().numpy()
         half = min(PICTURED, kept.size) // 2

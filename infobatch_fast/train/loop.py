@@ -42,13 +42,7 @@ def train(
     interrupts: Interrupts,
     say: Say,
 ) -> Summary:
-    """Train, keeping the run's folder up to date, and return the summary.
-
-    Args:
-        data: on its device.
-        folder: with config.json in it.
-        saved: the checkpoint to continue from.
-        interrupts: looked at after every step.
+    """Train from `saved` on, keeping the run's folder up to date, and return the summary.
 
     Raises:
         Diverged: too many steps were not finite.
@@ -90,11 +84,11 @@ def train(
     for line in console.header(settings, data, *about):
         say(line)
     advance: TrainStep | GraphStep = step
-    why = obstacle(step) if settings.graph else None
-    if settings.graph and why is None:
-        advance = GraphStep(step, say)
-    elif settings.graph:
-        note = f"WARNING: no CUDA graph, every step runs eagerly: {why}"
+    if settings.graph:
+        if why := obstacle(step):
+            note = f"WARNING: no CUDA graph, every step runs eagerly: {why}"
+        else:
+            advance = GraphStep(step, say)
     if note:
         say(note)
 
@@ -142,7 +136,7 @@ def train(
                 with _watch(settings, device, settings.host_syncs) as watch:
                     batches = phases.each("wait", loader.epoch(plan, start))
                     for number, (images, labels, batch) in enumerate(batches, start + 1):
-                        new = labels.numel() in lasting and advance.is_new(images.shape)
+                        new = labels.numel() in lasting and step.is_new(images.shape)
                         cost = ledger.starting(labels.numel(), watch) if new else nullcontext()
                         with cost, phases("step"):
                             rate = _schedule(settings, epoch, number, steps)
@@ -203,23 +197,17 @@ def evaluate(
 ) -> float | None:
     """The share of the test set that the model gets right; None if a signal came first.
 
-    Args:
-        model: on the data's device, left in evaluation mode; not compiled: in this mode it would be
-            compiled once more, which takes longer than a training's evaluations gain by it.
-        interrupts: looked at after every batch.
+    The model is not compiled: in evaluation mode, in which it is left, it would be compiled once
+    more, which takes longer than a training's evaluations gain by it.
     """
     device = data.test_images.device
     mean = torch.tensor(data.mean, device=device) * 255
     scale = 1 / (torch.tensor(data.std, device=device) * 255)
     right = torch.zeros((), dtype=torch.int64, device=device)
     model.eval()
-    batches = zip(
-        data.test_images.split(EVALUATION_BATCH),
-        data.test_labels.split(EVALUATION_BATCH),
-        strict=True,
-    )
+    batches = (each.split(EVALUATION_BATCH) for each in (data.test_images, data.test_labels))
     with torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off"):
-        for pixels, labels in batches:
+        for pixels, labels in zip(*batches, strict=True):
             images = ((pixels - mean) * scale).permute(0, 3, 1, 2)  # channels_last as it lies
             right += (model(images).argmax(1) == labels).sum()
             if interrupts is not None and interrupts.received:
@@ -228,11 +216,7 @@ def evaluate(
 
 
 def find_device(name: str) -> torch.device:
-    """The device of --device; on a CPU torch leaves one core to the loader and the system.
-
-    Raises:
-        UserError: CUDA was asked for and there is none.
-    """
+    """The device of --device; on a CPU torch leaves one core to the loader and the system."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device must be cpu or auto, as torch finds no CUDA device, got cuda")
     if name == "cpu" or not torch.cuda.is_available():

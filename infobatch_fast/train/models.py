@@ -3,36 +3,21 @@
 import torch
 from torch import Tensor, nn
 
-from infobatch_fast.errors import UserError, unknown_name
 
-MODELS = ("r18", "r34", "r50", "r101", "small")
-
-
-def make_model(name: str, num_classes: int = 10, *, seed: int | None = None) -> nn.Module:
+def make_model(name: str, num_classes: int = 10, *, seed: int = 0) -> nn.Module:
     """A network from images (B, 3, 32, 32) to logits (B, C), on the CPU in float32.
 
     The ResNets (He et al. 2016, arXiv:1512.03385) are torchvision's with a 3x3 stem of stride 1 and
     no max-pool, so a state_dict loads into a torchvision model changed in these two modules. The
-    initialisation is PyTorch's default, as in the InfoBatch experiments, not torchvision's.
-
-    Args:
-        name: of `MODELS`; small is `SmallResNet`, to try things on a CPU.
-        num_classes: C.
-        seed: fixes the initial weights and leaves the global generators as they are; without one
-            the weights are drawn from torch's global generator.
-
-    Raises:
-        UserError: the name is unknown.
+    initialisation is PyTorch's default, as in the InfoBatch experiments, not torchvision's; torch's
+    global generator stays as it is.
     """
-    if name not in MODELS:
-        raise UserError(unknown_name("model", name, MODELS))
     # Built without storage: torchvision's own initialisation draws nothing and costs nothing.
     with torch.device("meta"):
         model = SmallResNet(num_classes) if name == "small" else _cifar_resnet(name, num_classes)
     model.to_empty(device="cpu")
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.random.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 module.reset_parameters()
@@ -49,22 +34,19 @@ def _cifar_resnet(name: str, num_classes: int) -> nn.Module:
 
 
 class SmallResNet(nn.Module):
-    """A residual network of three basic blocks, for runs of a minute on two CPU cores.
+    """A residual network of three basic blocks, for runs of a minute on two CPU cores."""
 
-    The stem and the first block have `width` channels, the others two and four times as many.
-    """
-
-    def __init__(self, num_classes: int = 10, width: int = 16):
+    def __init__(self, num_classes: int):
         super().__init__()
         from torchvision.models.resnet import BasicBlock
 
-        self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = BasicBlock(width, width)
-        self.layer2 = BasicBlock(width, 2 * width, 2, _shortcut(width))
-        self.layer3 = BasicBlock(2 * width, 4 * width, 2, _shortcut(2 * width))
-        self.fc = nn.Linear(4 * width, num_classes)
+        self.layer1 = BasicBlock(16, 16)
+        self.layer2 = BasicBlock(16, 32, 2, _shortcut(16))
+        self.layer3 = BasicBlock(32, 64, 2, _shortcut(32))
+        self.fc = nn.Linear(64, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of images (B, 3, H, W)."""

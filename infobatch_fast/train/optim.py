@@ -4,15 +4,12 @@ LARS is You et al. 2017 (arXiv:1708.03888), LAMB is You et al. 2020 (arXiv:1904.
 T is the number of parameter tensors.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from infobatch_fast.errors import UserError, unknown_name
 from infobatch_fast.kernels.select import triton_kernels
 
 OPTIMIZERS = ("sgd", "adam", "lars", "lamb")
@@ -22,17 +19,14 @@ BLOCK = 64
 
 
 class _Layerwise(torch.optim.Optimizer):
-    """What LARS and LAMB share.
+    """What LARS and LAMB share; the parameters are dense float32.
 
     - State is allocated with the parameters, and `load_state_dict` writes into it, into learning
       rate and momentum, so a captured CUDA graph stays valid. These two may be 0-dim tensors, which
       may change between replays; all else is fixed at capture.
-    - A parameter whose gradient is None is left out of the step. Keep that set stable.
+    - Every parameter that requires a gradient has one in each step.
     - `found_inf`, an attribute set before `step`, a float32 tensor () or (1,) on the device: where
       it is not 0 the step leaves parameters and state as they were, whatever the gradients hold.
-
-    Raises ValueError for parameters that are not dense float32, and for a number out of range (a
-    tensor's value is not looked at: that would wait for the device).
     """
 
     found_inf: Tensor | None = None
@@ -41,26 +35,19 @@ class _Layerwise(torch.optim.Optimizer):
     def __init__(
         self, params: ParamsT, lr: float | Tensor, momentum: float | Tensor, **rest: float
     ):
-        self._forms: dict[int, tuple[list[int], Any]] = {}
+        self._forms: list[tuple[Any, list[Tensor]]] = []  # of each group, and its parameters
         super().__init__(params, {"lr": lr, "momentum": momentum, **rest})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does, and allocates its state."""
         super().add_param_group(param_group)
         *_, group = self.param_groups
-        for name, value in group.items():
-            if name in self.defaults and not isinstance(value, Tensor):
-                check_number(name, value, below=1 if name in ("momentum", "beta2") else None)
-        for p in group["params"]:
-            if p.dtype != torch.float32 or p.layout != torch.strided:
-                raise ValueError(f"parameters must be dense float32, got {p.dtype}, {p.layout}")
         params = [p for p in group["params"] if p.requires_grad and p.numel()]
         for p in params:
             for slot in self._slots:
                 like = p.new_empty(()) if slot == "step" else p
                 self.state[p][slot] = torch.zeros_like(like, requires_grad=False)
-        if params:
-            self._lay_out(len(self.param_groups) - 1, params)
+        self._forms.append((self._form(params), params))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads into the tensors that are there."""
@@ -79,25 +66,14 @@ class _Layerwise(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step from the gradients."""
-        work = []
-        for i, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None and p.numel()]
-            if params:
-                work.append((self._lay_out(i, params), group, [p.grad for p in params]))
-        self._take(work)
-
-    def _lay_out(self, i: int, params: list[Tensor]) -> Any:
-        ids, form = self._forms.get(i, ([], None))
-        if ids != [id(p) for p in params]:
-            form = self._form(params)
-            self._forms[i] = [id(p) for p in params], form
-        return form
+        every = zip(self._forms, self.param_groups, strict=True)
+        self._take([(form, group, [p.grad for p in params]) for (form, params), group in every])
 
     def _form(self, params: list[Tensor]) -> Any:
-        """What steps these parameters; kept while they stay the same."""
+        """What steps the parameters of a group."""
         return _Flat(params)
 
-    def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
+    def _take(self, work: list[tuple[Any, dict[str, Any], Any]]) -> None:
         """Steps by (form, group, gradients)."""
         raise NotImplementedError
 
@@ -112,14 +88,11 @@ class LARS(_Layerwise):
 
     Two more attributes, set before `step`: `grad_scale`, () or (1,), by which the gradients are
     divided, though not in place; `finds_inf`, whether `step` itself sets `found_inf` to 1 where a
-    gradient, once divided, is not finite, and else to 0: a pass over the gradients less.
-
-    Args:
-        params: as torch's optimizers take them.
-        fused: False takes torch's operations where there are Triton kernels, too.
+    gradient, once divided, is not finite, and else to 0: a pass over the gradients less. `fused` is
+    False for torch's operations where there are Triton kernels, too.
     """
 
-    finds_inf, fused = False, True
+    finds_inf = False
     grad_scale: Tensor | None = None
     _slots = ("momentum_buffer",)
 
@@ -144,7 +117,7 @@ class LARS(_Layerwise):
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         return _ForeachLars(params, momenta) if kernels is None else kernels.lars(params, momenta)
 
-    def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
+    def _take(self, work: list[tuple[Any, dict[str, Any], Any]]) -> None:
         mark = self.found_inf if self.finds_inf else None
         if mark is not None:
             mark.zero_()
@@ -179,7 +152,7 @@ class LAMB(_Layerwise):
         numbers = {"beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, lr, momentum, **numbers, max_trust=max_trust)
 
-    def _take(self, work: list[tuple[Any, dict[str, Any], list[Tensor]]]) -> None:
+    def _take(self, work: list[tuple[Any, dict[str, Any], Any]]) -> None:
         for arguments in work:
             self._step(*arguments)
 
@@ -294,13 +267,6 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
-def check_number(name: str, value: float, below: float | None = None) -> None:
-    """Raise ValueError unless a number is at least 0, and below a bound if there is one."""
-    if not 0 <= value < (float("inf") if below is None else below):
-        rule = "in [0, 1)" if below else ">= 0 and finite"
-        raise ValueError(f"{name} must be {rule}, got {value}")
-
-
 def make_optimizer(
     name: str,
     model: nn.Module,
@@ -310,28 +276,12 @@ def make_optimizer(
     momentum: float = 0.9,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
-    """An optimizer of `OPTIMIZERS` for all of the model's parameters; each honours `found_inf`.
+    """One of `OPTIMIZERS` for all of the model's parameters; each honours `found_inf`.
 
     Move the model to its device, dtype and memory format first. LARS and LAMB hold learning rate
-    and momentum as tensors, so a CUDA graph may capture them; SGD and Adam hold numbers.
-
-    Args:
-        name: "sgd" (plain momentum, no Nesterov), "adam", "lars" or "lamb".
-        model: its parameters' gradients are stepped by.
-        lr: learning rate.
-        weight_decay: added to the gradient, by LAMB to the direction.
-        momentum: beta1 of Adam and LAMB.
-        fused: False takes torch's operations for LARS, to compare them with the kernels.
-
-    Raises:
-        UserError: the name is unknown.
-        ValueError: a number is out of range.
+    and momentum as tensors, so a CUDA graph may capture them; SGD (without Nesterov) and Adam hold
+    numbers. The momentum is beta1 of Adam and LAMB; `fused` is for LARS.
     """
-    if name not in OPTIMIZERS:
-        raise UserError(unknown_name("optimizer", name, OPTIMIZERS))
-    check_number("lr", lr)
-    check_number("weight_decay", weight_decay)
-    check_number("momentum", momentum, below=1)
     params = list(model.parameters())
     if name == "sgd":
         options = {"momentum": momentum, "weight_decay": weight_decay, "fused": True}
@@ -350,20 +300,3 @@ def make_optimizer(
     if name == "lars":
         return LARS(params, rate, momentum=inertia, weight_decay=weight_decay, fused=fused)
     return LAMB(params, rate, momentum=inertia, weight_decay=weight_decay)
-
-
-def nonfinite(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """Unscales gradients in place and marks whether one is not finite, all on the device.
-
-    Args:
-        grads: dense.
-        found_inf: () or (1,) float32: set to 1 if any element is NaN or inf, else to 0.
-        inv_scale: () or (1,) float32, multiplied into the gradients.
-    """
-    found_inf.zero_()
-    # One kernel takes one dtype.
-    alike: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        alike[grad.dtype].append(grad)
-    for members in alike.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(members, found_inf, inv_scale)

@@ -22,18 +22,13 @@ RecordT = TypeVar("RecordT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochLine:
-    """A line of epochs.jsonl. None is "not measured"; what has a default older records lack.
+class Measured:
+    """What an epoch or a run took. None is "not measured"; what has a default older records lack.
 
-    `seconds` is all of the epoch's wall time, the other seconds are parts of it that do not
-    overlap; `joules` likewise is of all.
+    `seconds` is all of the wall time, `joules` all of the energy; the other seconds are parts of it
+    that do not overlap.
 
     Attributes:
-        epoch: from 1.
-        kept: samples trained on, K; prunable, those that the policy allowed to be left out, n.
-        loss: mean of weight * loss over the steps taken; None where none was, or it is not finite.
-        lr: of the last step.
-        accuracy: share of the test set, in [0, 1]; None where it was not evaluated.
         images_per_second: images but those of start-up, over the seconds of training and pruning;
             None where it left no step to time.
         skipped_steps: steps that changed nothing, their gradients not being finite.
@@ -41,16 +36,9 @@ class EpochLine:
         pruning_seconds: of choosing, and of the update where it is timed apart from the step.
         startup_seconds: of compiling, capturing and tuning, which is no training; startup_images
             went through the steps that did it.
-        ratio: share of the prunable samples to be left out, before rounding.
         expected_saving: share of all samples to be left out, by the policy's formula.
     """
 
-    epoch: int
-    kept: int
-    prunable: int
-    loss: float | None
-    lr: float
-    accuracy: float | None
     images_per_second: float | None
     skipped_steps: int
     train_seconds: float
@@ -60,12 +48,33 @@ class EpochLine:
     startup_seconds: float = 0.0
     startup_images: int = 0
     seconds: float | None = None
-    ratio: float | None = None
     expected_saving: float | None = None
     joules: float | None = None
     train_joules: float | None = None
     host_syncs: int | None = None
     phases: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochLine(Measured):
+    """A line of epochs.jsonl.
+
+    Attributes:
+        epoch: from 1.
+        kept: samples trained on, K; prunable, those that the policy allowed to be left out, n.
+        loss: mean of weight * loss over the steps taken; None where none was, or it is not finite.
+        lr: of the last step.
+        accuracy: share of the test set, in [0, 1]; None where it was not evaluated.
+        ratio: share of the prunable samples to be left out, before rounding.
+    """
+
+    epoch: int
+    kept: int
+    prunable: int
+    loss: float | None
+    lr: float
+    accuracy: float | None
+    ratio: float | None = None
     score_histogram: dict[str, Any] | None = None
 
 
@@ -73,12 +82,7 @@ class EpochLine:
 class RunRecord:
     """config.json: what was asked for, of what data, by which sources, on which device.
 
-    Attributes:
-        config: the settings by name.
-        data: published, files or synthetic; genuine in older records.
-        samples: train and test, how many.
-        classes: names by label.
-        device: from `train.folder.describe`.
+    `data` is published, files or synthetic, and genuine in older records.
     """
 
     config: dict[str, Any]
@@ -94,11 +98,10 @@ class RunRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(Measured):
     """summary.json: the results of a finished run; sums are over all of its sessions.
 
     Attributes:
-        accuracy_last: after the last epoch, share of the test set in [0, 1].
         accuracy_best: of the best epoch, which was picked on the test set.
         saved_share: samples not trained on over those of as many full epochs.
         epoch_seconds: median of training and pruning over the epochs without start-up; None where
@@ -106,7 +109,6 @@ class Summary:
         compiled: whether the network ran compiled; captured, its full steps as CUDA graphs;
             by_kernels, Triton kernels in the place of torch's operations; loader, the class.
         nvml: what the card said, of the epochs since `since_epoch`.
-        peak_memory_bytes: of the device, or of the process on a CPU.
     """
 
     accuracy_last: float
@@ -117,25 +119,11 @@ class Summary:
     samples_trained: int
     samples_saved: int
     saved_share: float
-    images_per_second: float | None
-    skipped_steps: int
-    train_seconds: float
-    pruning_seconds: float | None
-    evaluation_seconds: float
-    checkpoint_seconds: float
     peak_memory_bytes: int
     data: str
-    startup_seconds: float = 0.0
-    startup_images: int = 0
     epoch_seconds: float | None = None
-    seconds: float | None = None
-    expected_saving: float | None = None
     target_saving: float | None = None
-    phases: dict[str, float] | None = None
     update_timed: bool = True
-    host_syncs: int | None = None
-    joules: float | None = None
-    train_joules: float | None = None
     joules_per_image: float | None = None
     joules_saved: float | None = None
     nvml: dict[str, Any] = field(default_factory=dict)
@@ -146,11 +134,20 @@ class Summary:
 
 
 @contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say in one line what the system did not let us do in the block."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"cannot {what}: {said or reason(error)}") from None
+
+
+@contextmanager
 def atomically(path: Path) -> Iterator[BinaryIO]:
     """A file to write, so that a reader finds the old content or the new, whatever is killed when.
 
-    Raises:
-        UserError: the disk is full, read-only or failing; the old file is still there.
+    A disk that is full, read-only or failing is a UserError, and the old file is still there.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -194,18 +191,11 @@ def write_epochs(path: Path, history: Iterable[EpochLine]) -> None:
 
 
 def append_epoch(path: Path, line: EpochLine) -> None:
-    """Add an epoch's line; a kill may tear it, and a resumed run writes the file anew.
-
-    Raises:
-        UserError: the disk is full or failing.
-    """
-    try:
-        with open(path, "ab") as file:
-            file.write(_line(line))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    """Add an epoch's line; a kill may tear it, and a resumed run writes the file anew."""
+    with doing(f"write {path}"), open(path, "ab") as file:
+        file.write(_line(line))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _line(line: EpochLine) -> bytes:
@@ -213,44 +203,23 @@ def _line(line: EpochLine) -> bytes:
 
 
 def make_folder(folder: Path) -> bool:
-    """Make a folder if it is not there; returns whether it was made.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
+    """Make a folder if it is not there; returns whether it was made."""
+    with doing(f"make the folder {folder}"):
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from None
     return made
 
 
-def to_json(record: Any) -> dict[str, Any]:
-    """A record as the object that `parse` reads."""
-    return asdict(record)
-
-
 def read(kind: type[RecordT], path: Path) -> RecordT:
-    """A record from its file.
-
-    Raises:
-        UserError: it is missing, no JSON object, or of another form.
-    """
+    """A record from its file."""
     if not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path} must be a regular file, got none")
-    try:
+    with doing(f"read {path}"):
         return parse(kind, read_object(path.read_text(), str(path)), str(path))
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}") from None
 
 
 def read_object(text: str, where: str) -> dict[str, Any]:
-    """One JSON object, of finite numbers.
-
-    Raises:
-        UserError: the text is none; the message begins with `where`.
-    """
+    """One JSON object, of finite numbers; the message of another begins with `where`."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
@@ -275,16 +244,12 @@ def parse(kind: type[RecordT], value: Mapping[str, Any], where: str) -> RecordT:
     names = {each.name for each in fields(kind)} & value.keys()
     for name in names:
         if not _fits(value[name], hints[name]):
-            expected = getattr(hints[name], "__name__", hints[name])
-            if get_args(hints[name]):
-                expected = hints[name]
+            expected = hints[name] if get_args(hints[name]) else hints[name].__name__
             raise UserError(f"{where}: {name} must be {expected}, got {value[name]!r:.80}")
     try:
         return kind(**{name: value[name] for name in names})
-    except TypeError as error:  # it says which are missing
+    except (TypeError, ValueError) as error:  # of missing names and of wrong values
         raise UserError(f"{where}: {str(error).split('() ')[-1]}") from None
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -299,9 +264,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(_fits(each, inner[1]) for each in value.values())
     if origin is list:
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if isinstance(value, bool):
+        return hint is bool
     if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and abs(value) < 1e300  # JSON reads 1e999 as an infinity
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and abs(value) < 1e300  # JSON reads 1e999 as inf
     return isinstance(value, hint)

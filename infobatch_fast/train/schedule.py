@@ -15,11 +15,8 @@ def one_cycle(progress: float, *, max_lr: float) -> tuple[float, float]:
     """Learning rate and momentum of the one-cycle policy (Smith 2018, arXiv:1803.09820).
 
     Two cosines. The rate goes from max_lr / DIV up to max_lr at PEAK of the training, then down to
-    max_lr / DIV / FINAL_DIV; the momentum from the top of its range to the bottom and back.
-
-    Args:
-        progress: part of the training done, (epoch + step / steps in this epoch) / epochs.
-        max_lr: the highest learning rate.
+    max_lr / DIV / FINAL_DIV; the momentum from the top of its range to the bottom and back. The
+    progress is the part of the training done, (epoch + step / steps in this epoch) / epochs.
     """
     start = max_lr / DIV
     if progress < PEAK:

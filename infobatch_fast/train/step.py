@@ -19,7 +19,7 @@ from infobatch_fast.infobatch import Batch, InfoBatch
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.telemetry.phases import Phases
-from infobatch_fast.train.optim import LARS, nonfinite
+from infobatch_fast.train.optim import LARS
 from infobatch_fast.train.schedule import set_schedule
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,12 +28,9 @@ WARM_UP = 3  # steps of a shape on a GPU that may compile, tune and allocate
 
 
 class Counts(NamedTuple):
-    """What the device counted since the epoch's start, and the skipped steps in a row.
+    """What the device counted since the epoch's start; a row of skipped steps may begin before.
 
-    Attributes:
-        loss: sum of weight * loss over the sum of weights, of the steps taken; NaN if none was.
-        skipped: steps of the epoch that changed nothing.
-        longest: longest row of such steps so far, which may have begun in an earlier epoch.
+    The loss is the sum of weight * loss over the sum of weights of the steps taken, or NaN.
     """
 
     loss: float
@@ -48,10 +45,7 @@ class TrainStep:
         model: in training mode, on its device, channels_last.
         optimizer: one of `optim.make_optimizer`.
         infobatch: takes the scores; None trains on the plain mean of the losses, without any.
-        amp: bf16, fp16 (with loss scaling) or off.
-        label_smoothing: in [0, 1).
         compile: torch.compile the model, each batch size once; a dictionary is inductor's options.
-        phases: the time of scoring and rescaling is counted there as "update".
         say: told if the model cannot be compiled, which then runs as it is; None raises instead.
         loss_kernel: take the cross-entropy's kernel where there is one; a benchmark compares.
 
@@ -122,10 +116,7 @@ class TrainStep:
         self.advance(images, labels, batch, self.phases)
 
     def advance(self, images: Tensor, labels: Tensor, batch: Batch, phases: Phases) -> None:
-        """The device's part of a step, at the learning rate and momentum that are set.
-
-        The phases are of scoring and rescaling; not enabled where a CUDA graph is captured.
-        """
+        """The device's part of a step; the phases are not enabled where a graph is captured."""
         loss, losses = self._gradients(images, labels, batch, phases)
         optimizer: Any = self.optimizer
         optimizer.found_inf = self.found_inf
@@ -133,8 +124,11 @@ class TrainStep:
             optimizer.finds_inf = True
             optimizer.grad_scale = self.scale if self.scaling else None
         else:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            nonfinite(gradients, self.found_inf, self.scale.reciprocal())
+            gradients: Any = [p.grad for p in self.parameters]
+            self.found_inf.zero_()
+            torch._amp_foreach_non_finite_check_and_unscale_(
+                gradients, self.found_inf, self.scale.reciprocal()
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.buffers.keep_or_restore(self.found_inf)
@@ -154,10 +148,12 @@ class TrainStep:
         try:
             return self._forward_backward(images, labels, batch, phases)
         except RuntimeError as error:  # at a first call: the backward is compiled at its own
+            from torch._dynamo.exc import TorchDynamoException  # a second to import
+
             cause = getattr(error, "inner_exception", None)
             if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
                 raise cause from error  # which is no failure of the compiler's
-            if self._say is None or not self.compiled or not _of_compiler(error):
+            if self._say is None or not isinstance(error, TorchDynamoException):
                 raise
             self._say(f"WARNING: the network is not compiled: {reason(error)}")
         # Not within the except: what the failed pass stored for its backward is free by now.
@@ -232,11 +228,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state of `state_dict()`.
-
-        Raises:
-            KeyError, RuntimeError, TypeError, ValueError: it is of another model or shape.
-        """
+        """Take over a state of `state_dict()`; any error is of another model or shape."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.infobatch is not None:
@@ -277,13 +269,6 @@ class _Guard:
             torch._foreach_copy_(now_views, buffers)
             torch.where(found_inf == 0, now, good, out=good)
             torch._foreach_copy_(buffers, good_views)
-
-
-def _of_compiler(error: RuntimeError) -> bool:
-    """Whether it is torch.compile's, whichever pass it is raised in."""
-    from torch._dynamo.exc import TorchDynamoException  # a second to import
-
-    return isinstance(error, TorchDynamoException)
 
 
 def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

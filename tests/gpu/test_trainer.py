@@ -10,10 +10,11 @@ import pytest
 import torch
 from steps_made import ON, FakeCuda, make_step
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from traced import trace_syncs
 
 from infobatch_fast.data.loader import make_loader
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.telemetry.syncs import host_syncs, trace_syncs
+from infobatch_fast.telemetry.syncs import host_syncs
 from infobatch_fast.train import config, loop, main
 from infobatch_fast.train.records import CHECKPOINT, EPOCHS, SUMMARY, WEIGHTS
 

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
+from traced import syncs_in_trace, trace_syncs
 
-from infobatch_fast.telemetry.syncs import HostSync, host_syncs, syncs_in_trace, trace_syncs
+from infobatch_fast.telemetry.syncs import HostSync, host_syncs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 READS = {

@@ -1,4 +1,4 @@
-"""The networks: their size, their initial weights, what a seed fixes, and the small one by hand."""
+"""The networks: their size, their initial weights, and what a seed fixes."""
 
 from typing import Any
 
@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from infobatch_fast.errors import UserError
-from infobatch_fast.train.models import SmallResNet, make_model
+from infobatch_fast.train.models import make_model
 
 
 @pytest.mark.parametrize(
@@ -54,8 +53,6 @@ def test_a_seed_fixes_the_weights_and_leaves_the_global_generator() -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.get_rng_state(), before)
-    make_model("small")  # without a seed it is the global one
-    assert not torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("name", "stem"), [("r18", 32), ("small", 16)])
@@ -71,23 +68,3 @@ def test_channels_last_is_kept(name: str, stem: int) -> None:
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
     # The stem of the large ones keeps every pixel, and no max-pool follows it.
     assert [x.shape[2] for x in seen[:2]] == [stem, stem]
-
-
-def test_small_network_by_hand() -> None:
-    model = SmallResNet(10, width=4).eval()
-    images = torch.randn(3, 3, 32, 32)
-
-    def block(layer, x):
-        out = layer.bn2(layer.conv2(layer.bn1(layer.conv1(x)).relu()))
-        return (out + (x if layer.downsample is None else layer.downsample(x))).relu()
-
-    with torch.no_grad():
-        x = model.bn1(model.conv1(images)).relu()
-        for layer in (model.layer1, model.layer2, model.layer3):
-            x = block(layer, x)
-        torch.testing.assert_close(model(images), model.fc(x.mean((2, 3))))
-
-
-def test_an_unknown_name() -> None:
-    with pytest.raises(UserError, match=r"^model must be one of .*, got r55 \(did you mean r50"):
-        make_model("r55")

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from steps_made import (
     ON,
-    SAMPLES,
     assert_same,
     everything,
     make_batch,
@@ -19,11 +18,8 @@ from steps_made import (
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
-from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.telemetry.syncs import host_syncs
-from infobatch_fast.train.optim import OPTIMIZERS, make_optimizer
-from infobatch_fast.train.step import TrainStep
+from infobatch_fast.train.optim import OPTIMIZERS
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -147,21 +143,6 @@ def test_state_continues_bit_for_bit(optimizer: str, amp: str, tmp_path: Path) -
     assert other.scale.item() == step.scale.item() == (2.0**14 if amp == "fp16" else 1)
 
 
-def test_a_model_without_buffers() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    step = TrainStep(
-        model,
-        make_optimizer("lars", model, lr=0.1, weight_decay=0.0),
-        InfoBatch(SAMPLES, 4, device="cpu"),
-        amp="off",
-        label_smoothing=0.0,
-        compile=False,
-        phases=Phases(torch.device("cpu")),
-    )
-    step(*make_batch(0), 0.1, 0.9)
-    assert step.read_counts().skipped == 0
-
-
 # The compiler
 
 
@@ -261,29 +242,3 @@ def test_what_is_no_failure_of_the_compiler_is_raised(
     assert type(info.value) is raised
     assert said == []
     assert step.compiled
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch 2.11's own compiler
-def test_a_backward_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.graph import GraphLowering
-
-    lower = GraphLowering.run
-
-    def run(self: GraphLowering, *arguments: Any) -> Any:
-        if self.is_backward:
-            raise RuntimeError("no code for it")
-        return lower(self, *arguments)
-
-    monkeypatch.setattr(GraphLowering, "run", run)
-    # Another test may have had the same network compiled.
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
-    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
-    torch.compiler.reset()
-    said: list[str] = []
-    plain, compiled = make_step(), make_step(compile=True, say=said.append)
-    for seed in range(2):
-        plain(*make_batch(seed), 0.05, 0.9)
-        compiled(*make_batch(seed), 0.05, 0.9)
-    assert said == ["WARNING: the network is not compiled: RuntimeError: no code for it"]
-    assert_same(everything(plain), everything(compiled))
