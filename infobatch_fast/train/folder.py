@@ -150,21 +150,17 @@ def load(path: Path) -> dict[str, Any]:
 def load_tensors(path: Path) -> dict[str, Any]:
     """What `save` or torch.save wrote, onto the CPU; executes nothing of it.
 
-    Raises:
-        UserError: it is missing, unreadable, damaged by as much as a bit, or holds something else.
+    A file that is damaged by as much as a bit, or holds something else, is a UserError.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never end
-        raise UserError(f"checkpoint {path} must be a regular file, got something else")
-    with doing(f"read checkpoint {path}"):
-        file = open(path, "rb")  # noqa: SIM115
+    if not path.is_file():  # a pipe would be waited for, a device never end
+        raise UserError(f"checkpoint {path} must be a regular file, got none")
     try:
-        with file, warnings.catch_warnings(action="ignore"):  # of files torch.save did not write
-            if zipfile.is_zipfile(file):  # torch itself does not look at the sums
-                damaged = zipfile.ZipFile(file).testzip()
-                if damaged is not None:
-                    raise zipfile.BadZipFile(damaged)
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of files torch.save did not write
+            if zipfile.is_zipfile(path):  # torch itself does not look at the sums
+                with zipfile.ZipFile(path) as archive:
+                    if damaged := archive.testzip():
+                        raise zipfile.BadZipFile(damaged)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # nearly every kind is raised for a damaged or hostile file
         raise UserError(
             f"checkpoint {path} cannot be loaded ({type(error).__name__}): "

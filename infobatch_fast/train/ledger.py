@@ -131,7 +131,7 @@ class Ledger:
         )
         self._clear()
         self.history.append(line)
-        records.append_epoch(self.path / records.EPOCHS, line)
+        records.write_epochs(self.path / records.EPOCHS, self.history)
         return line
 
     def check(self, counts: Counts, steps: int | None = None) -> None:
@@ -204,7 +204,7 @@ class Ledger:
             raise UserError(
                 f"checkpoint {path} does not fit this run: {type(error).__name__}: {reason(error)}"
             ) from None
-        # A kill may have left a torn line, or epochs that the checkpoint does not have.
+        # A kill may have left epochs that the checkpoint does not have.
         records.write_epochs(self.path / records.EPOCHS, self.history)
         return plan, saved["number"]
 

@@ -123,8 +123,7 @@ def train(
                     with phases("choose"), _watch(settings, device, "count") as watch:
                         plan = infobatch.sample(epoch, whole)
                     syncs = None if syncs is None else watch.count
-                warning = console.strained(plan, infobatch)
-                if warning is not None and not warned:
+                if (warning := console.strained(plan, infobatch)) and not warned:
                     say(warning)
                     warned = True
                 steps = math.ceil(len(plan) / settings.batch_size)
@@ -219,12 +218,12 @@ def find_device(name: str) -> torch.device:
     """The device of --device; on a CPU torch leaves one core to the loader and the system."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device must be cpu or auto, as torch finds no CUDA device, got cuda")
-    if name == "cpu" or not torch.cuda.is_available():
-        # OpenMP's threads wait for each other spinning: with all cores taken, another process on
-        # one of them slowed training 2 to 12 times; with one core left, by a third at most.
-        if "OMP_NUM_THREADS" not in os.environ:
-            known = hasattr(os, "sched_getaffinity")
-            cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    # OpenMP's threads wait for each other spinning: with all cores taken, another process on
+    # one of them slowed training 2 to 12 times; with one core left, by a third at most.
+    if "OMP_NUM_THREADS" not in os.environ:
+        known = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
+    return torch.device("cpu")

@@ -157,12 +157,6 @@ def atomically(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        # The rename itself is on disk only when the folder is.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except BaseException as error:  # a signal, too
         with suppress(OSError):  # a disk that is read-only by now
             temporary.unlink(missing_ok=True)
@@ -186,20 +180,8 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def write_epochs(path: Path, history: Iterable[EpochLine]) -> None:
-    """Write all epochs' lines anew, atomically."""
-    write_atomically(path, b"".join(map(_line, history)))
-
-
-def append_epoch(path: Path, line: EpochLine) -> None:
-    """Add an epoch's line; a kill may tear it, and a resumed run writes the file anew."""
-    with doing(f"write {path}"), open(path, "ab") as file:
-        file.write(_line(line))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _line(line: EpochLine) -> bytes:
-    return (json.dumps(asdict(line)) + "\n").encode()
+    """Write the lines of all epochs, atomically: no kill tears one."""
+    write_atomically(path, "".join(json.dumps(asdict(x)) + "\n" for x in history).encode())
 
 
 def make_folder(folder: Path) -> bool:

@@ -71,7 +71,7 @@ def clock(monkeypatch) -> list[float]:
     takes(0.125, Plan, "batch")
     takes(100, loop, "evaluate")
     takes(1000, record, "save")
-    takes(10_000, ledger.records, "append_epoch")
+    takes(10_000, ledger.records, "write_epochs")
     monkeypatch.setattr(loop, "Nvml", FakeMeter)
     return now
 
@@ -175,13 +175,11 @@ def test_what_ran_is_recorded_not_what_was_asked(tmp_path, monkeypatch, capsys) 
         return forward
 
     words = ("--compile", "--epochs", 1, "--batch-size", 60, "--out")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "compile", broken)
-        assert run(*words, tmp_path / "broken") == 0
+    monkeypatch.setattr(torch, "compile", broken)
+    assert run(*words, tmp_path / "broken") == 0
     assert "WARNING: the network is not compiled" in capsys.readouterr().out
     assert summary_of(tmp_path / "broken")["compiled"] is False
-    wrapped = lambda model, **kwargs: torch.nn.Sequential(model)  # noqa: E731
-    monkeypatch.setattr(torch, "compile", wrapped)
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: torch.nn.Sequential(model))
     assert run(*words, tmp_path / "compiled") == 0
     summary, (line,) = summary_of(tmp_path / "compiled"), lines_of(tmp_path / "compiled")
     assert summary["compiled"] is True
@@ -207,8 +205,9 @@ def test_what_was_spent_before_an_interruption_is_not_lost(tmp_path, clock, monk
     clock[0] += 777  # of these the run knows nothing
     assert resume(tmp_path) == 0
     (line,) = lines_of(tmp_path)
-    # All but what came after the line, and the first checkpoint, which does not hold its own time.
-    everything = clock[0] - 777 - 1000 - 10_000 - 2 * 1000
+    # All but what came after the line, and the first checkpoint, which does not hold its own time;
+    # and before the second session, which writes the lines anew.
+    everything = clock[0] - 777 - 1000 - 2 * 10_000 - 2 * 1000
     assert line["seconds"] == pytest.approx(everything)
     assert line["phases"]["step"] == pytest.approx(6 * 0.5)
     assert line["joules"] == pytest.approx(100 * everything)

@@ -53,18 +53,3 @@ def test_a_seed_fixes_the_weights_and_leaves_the_global_generator() -> None:
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(("name", "stem"), [("r18", 32), ("small", 16)])
-def test_channels_last_is_kept(name: str, stem: int) -> None:
-    model: Any = make_model(name, 7, seed=0).to(memory_format=torch.channels_last)
-    seen: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    logits = model(torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last))
-    logits.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-    # The stem of the large ones keeps every pixel, and no max-pool follows it.
-    assert [x.shape[2] for x in seen[:2]] == [stem, stem]
