@@ -522,7 +522,7 @@ def test_a_disk_that_fills_up_keeps_what_was_written(
         patch.setattr(os, "fsync", full)
         message = fails(capsys, *TINY, "--out", folder)
     assert message == f"cannot write {folder / name}: No space left on device"
-    if name == "config.json":  # nothing was recorded: the mended command may name the same folder
+    if name in ("config.json", "epochs.jsonl"):  # nothing was recorded
         assert not folder.exists()
         return
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
