@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from infobatch_fast.data.dataset import PIXELS, Dataset
 from infobatch_fast.errors import UserError, reason, unknown_name
@@ -26,8 +27,7 @@ class DataMissing(UserError):
     """No data in the folder, and no download could put it there."""
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """One of the two published forms: a folder, and the archive that holds it."""
 
     folder: str
@@ -37,24 +37,17 @@ class Form:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is fixed about a data set.
-
-    Attributes:
-        records: of each file.
-        label_bytes: of a binary record; the last of them is the label used.
-        names: the file of the binary form with the classes' names, a line each.
-        digest: `_digest` of the published records; None where no copy was at hand to take it from.
-    """
+    """What is fixed about a data set."""
 
     num_classes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     binary: Form
     pickled: Form
-    records: tuple[int, ...]
-    label_bytes: int
-    names: str
-    digest: str | None = None
+    records: tuple[int, ...]  # of each file
+    label_bytes: int  # of a binary record; the last of them is the label used
+    names: str  # the file of the binary form with the classes' names, a line each
+    digest: str | None = None  # of the published records; None where no copy was at hand
 
 
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
@@ -97,10 +90,7 @@ def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dat
     archive, `data_dir` being itself one of the folders. A form that is there but broken is an
     error: no other form and no download stands in for it.
 
-    Args:
-        name: of `KINDS`.
-        data_dir: the folder that holds, or is to hold, one of the forms.
-        download: fetch the Python form into `data_dir` where none is there.
+    `download` fetches the Python form into `data_dir` where none is there.
 
     Raises:
         UserError: an unknown name, or a file that is missing, unreadable or not as published.
@@ -127,13 +117,14 @@ def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dat
     form, path = found
     with _unpacked(form, path) as place:
         read = _read_binary(kind, place) if form is kind.binary else _read_pickled(name, place)
-    (images, labels), (test_images, test_labels), classes, published = read
+    train, test, classes, published = read
+    tensors: list[Tensor] = []
+    for images, labels in (train, test):
+        tensors.append(torch.from_numpy(np.ascontiguousarray(images)))
+        tensors.append(torch.tensor(labels, dtype=torch.int64))
     return Dataset(
-        name=name,
-        images=torch.from_numpy(np.ascontiguousarray(images)),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        test_images=torch.from_numpy(np.ascontiguousarray(test_images)),
-        test_labels=torch.tensor(test_labels, dtype=torch.int64),
+        name,
+        *tensors,
         num_classes=kind.num_classes,
         mean=kind.mean,
         std=kind.std,
@@ -145,14 +136,14 @@ def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dat
 def _find(kind: Kind, folder: Path) -> tuple[Form, Path] | None:
     """The form to read, and its folder or archive."""
     forms = kind.binary, kind.pickled
-    for places in ([form.folder for form in forms], [form.archive for form in forms]):
-        for form, name in zip(forms, places, strict=True):
-            if os.path.lexists(folder / name):  # a dangling link is broken data, not missing data
-                return form, folder / name
+    places = [(form, folder / form.folder) for form in forms]
+    places += [(form, folder / form.archive) for form in forms]
+    for form, path in places:
+        if os.path.lexists(path):  # a dangling link is broken data, not missing data
+            return form, path
     for form in forms:
-        whole = all((folder / name).is_file() for name in form.files)
-        if whole or (folder.name == form.folder and folder.exists()):
-            return form, folder
+        if folder.name == form.folder or all((folder / name).is_file() for name in form.files):
+            return (form, folder) if folder.exists() else None
     return None
 
 
@@ -193,24 +184,16 @@ def _read_binary(kind: Kind, folder: Path) -> Read:
         if highest >= kind.num_classes:
             raise UserError(f"{path}: labels must be in [0, {kind.num_classes}), got {highest}")
     splits = np.concatenate(tables[:-1]), tables[-1]
-    train, test = (
-        (
-            split[:, kind.label_bytes :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1),
-            split[:, kind.label_bytes - 1],
-        )
-        for split in splits
-    )
+    images = [split[:, kind.label_bytes :].reshape(-1, 3, 32, 32) for split in splits]
+    labels = [split[:, kind.label_bytes - 1] for split in splits]
+    train, test = zip([of.transpose(0, 2, 3, 1) for of in images], labels, strict=True)
     names = folder / kind.names
     classes = tuple(names.read_text().split()) if names.is_file() else None
     return train, test, classes, _digest(*splits) == kind.digest
 
 
 def _digest(*splits: np.ndarray) -> str:
-    """Of the records of each split in whatever order, as copies repacked in another one exist.
-
-    The digest of CIFAR-10 was taken from such a copy: its pixels were kept without loss, and their
-    mean and deviation are those of the published ones to eight digits.
-    """
+    """Of the records of each split in whatever order, as copies repacked in another one exist."""
     whole = hashlib.sha256()
     for records in splits:
         whole.update(b"".join(sorted(hashlib.sha256(record).digest() for record in records)))
@@ -234,11 +217,7 @@ def _read_pickled(name: str, folder: Path) -> Read:
     published = _torchvision(name)
     meta = published.meta["filename"], published.meta["md5"]
     for file, md5 in (*published.train_list, *published.test_list, meta):
-        try:
-            right = check_integrity(folder / file, md5)
-        except OSError as error:
-            raise UserError(f"{folder / file} must be readable, got {reason(error)}") from error
-        if not right:
+        if not check_integrity(folder / file, md5):
             raise UserError(f"{folder / file} must be there with the published MD5, {md5}")
     here = type(name, (published,), {"base_folder": ""})  # whatever the folder is called
     train, test = (here(folder, train=split) for split in (True, False))

@@ -27,11 +27,7 @@ class Dataset:
     classes: tuple[str, ...] | None = None  # names, by label
 
     def part(self, fraction: float) -> "Dataset":
-        """A share of both splits, of each at least one image: the same ones for every seed.
-
-        Args:
-            fraction: in (0, 1]; 1 is the data set itself.
-        """
+        """A share in (0, 1] of both splits, of each at least one image: the same for every seed."""
         if fraction == 1:
             return self
         taken = {}

@@ -24,10 +24,7 @@ Batches = Iterator[tuple[Tensor, Tensor, BatchT]]
 class EpochPlan(Protocol[BatchT_co]):
     """What a loader must know of an epoch of K samples; `infobatch_fast.Plan` is one.
 
-    Attributes:
-        epoch: its number; with the seed it decides the augmentation.
-        num_samples: N.
-        indices: (K,) int64 on the images' device, in order of use.
+    Its indices are (K,) int64 on the images' device, in order of use.
     """
 
     @property
@@ -69,9 +66,7 @@ class Loader:
     Attributes:
         images: (N, H, W, 3) uint8, on the device that the batches are made on.
         labels: (N,) int64, on the same device.
-        batch_size: B.
-        mean: of red, green and blue, of pixels scaled to [0, 1].
-        std: images come out as (x / 255 - mean) / std.
+        mean: of red, green and blue; images come out as (x / 255 - mean) / std.
         seed: of the augmentation; with the epoch's number its one source of randomness.
         pad: pixels of reflect padding that the random crop moves in.
         augment: False yields the images themselves, neither cropped nor flipped.

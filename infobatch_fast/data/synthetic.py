@@ -15,6 +15,7 @@ from infobatch_fast.errors import UserError, reason
 _CHUNK = 4096  # samples at a time: 50 MB of float32 pixels, a few times over
 _WAVES = 5  # cosine waves a side
 _VARIANTS = 6  # patterns of a class
+_EASY, _HARD = 0.5, 0.1  # shares of the samples
 # Strength of the smooth random pattern (the class pattern has 1) and of the pixel noise in
 # standard deviations of the image: easy, between, hard. Chosen by training a small network.
 _CLUTTER = (0.5, 1.2, 1.6)
@@ -26,18 +27,16 @@ def make_synthetic(
     num_test: int = 10_000,
     num_classes: int = 10,
     *,
-    easy: float = 0.5,
-    hard: float = 0.1,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """Images of smooth class patterns, some clear and some not, of N/C samples a class.
 
     An image is one of its class's patterns, shifted, at some contrast, plus a smooth random
-    pattern and pixel noise. A share of the samples, `easy`, carries little of both; another,
-    `hard`, much, and part of another class's pattern besides; the rest lie between. Every number
-    comes from `seed` through generators of its own. The test set depends on the seed,
-    `num_classes` and the shares, not on `num_samples`. A CPU and a GPU give different images.
+    pattern and pixel noise. Half of the samples carry little of both; a tenth much, and part of
+    another class's pattern besides; the rest lie between. Every number comes from `seed` through
+    generators of its own. The test set does not depend on `num_samples`. A CPU and a GPU give
+    different images.
 
     Raises:
         UserError: more images than `device` has memory for.
@@ -48,19 +47,15 @@ def make_synthetic(
     tensors: list[Tensor] = []
     for split, count in (("train", num_samples), ("test", num_test)):
         try:
-            tensors += _synthesize(patterns, count, easy, hard, _generator(seed, split, device))
+            tensors += _synthesize(patterns, count, _generator(seed, split, device))
         except RuntimeError as error:  # torch's out-of-memory errors on every device
             raise UserError(
                 f"synthetic_samples must fit into the memory of {device}, got {count} samples of "
                 f"{PIXELS} bytes ({reason(error)})"
             ) from error
-    images, labels, test_images, test_labels = tensors
     return Dataset(
-        name="synthetic",
-        images=images,
-        labels=labels,
-        test_images=test_images,
-        test_labels=test_labels,
+        "synthetic",
+        *tensors,
         num_classes=num_classes,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
@@ -73,22 +68,18 @@ def _generator(seed: int, use: str, device: torch.device | str) -> torch.Generat
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
-def _synthesize(
-    patterns: Tensor, count: int, easy: float, hard: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _synthesize(patterns: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images (count, 32, 32, 3) uint8 and labels (count,) from patterns (C, V, 3, W, W)."""
     device = patterns.device
     images = torch.empty(count, 32, 32, 3, dtype=torch.uint8, device=device)
     labels = torch.randperm(count, generator=generator, device=device) % len(patterns)
     for start in range(0, count, _CHUNK):
         part = slice(start, start + _CHUNK)
-        images[part] = _draw(patterns, labels[part], easy, hard, generator)
+        images[part] = _draw(patterns, labels[part], generator)
     return images, labels
 
 
-def _draw(
-    patterns: Tensor, labels: Tensor, easy: float, hard: float, generator: torch.Generator
-) -> Tensor:
+def _draw(patterns: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
     """One image (B, 32, 32, 3) uint8 for each of the labels (B,)."""
     b, device = len(labels), labels.device
 
@@ -102,7 +93,7 @@ def _draw(
         return torch.randint(low, high, (b,), generator=generator, device=device)
 
     place = uniform(b, 1, 1, 1)
-    level = 1 - (place < easy).long() + (place >= 1 - hard).long()  # 0 easy, 1 between, 2 hard
+    level = 1 - (place < _EASY).long() + (place >= 1 - _HARD).long()  # 0 easy, 1 between, 2 hard
     clutter, noise = (torch.tensor(values, device=device)[level] for values in (_CLUTTER, _NOISE))
     own = patterns[labels, pick(0, _VARIANTS)]  # (B, 3, W, W)
     other = patterns[(labels + pick(1, len(patterns))) % len(patterns), pick(0, _VARIANTS)]

@@ -48,24 +48,17 @@ class Options:
 
 def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
     """The first screen, and what stands below it."""
-    found = sections(inputs.runs)
     first: list[Block] = []
     rest: list[Block] = []
+    found = sections(inputs.runs)
     for section in found:
-        body: list[Block] = [*reported_tables(section)]
-        body += [Heading("Runs", 2), *run_table(section), Heading("Plots", 2), *plots(section)]
-        if first:
-            below = [b._replace(level=3) if isinstance(b, Heading) else b for b in body]
-            rest += [Heading(section.title, 2), *answer(section), *below]
-        else:
-            first += [Heading(section.title, 1), *answer(section)]
-            rest += body
+        (rest if first else first).extend([Heading(section.title, 1), *answer(section)])
+        rest += [*reported_tables(section), Heading("Runs", 2), *run_table(section)]
+        rest += [Heading("Plots", 2), *plots(section)]
     if others := [section.title for section in found[1:]]:
         first.append(Text(f"Further settings, below: {'; '.join(others)}.", "aside"))
-    tables = benchmark_tables(inputs.benchmarks)
-    if tables:
-        where = rest if first else first
-        where += [Heading("Benchmarks", 2 if rest else 1), *tables]
+    if tables := benchmark_tables(inputs.benchmarks):
+        (rest if first else first).extend([Heading("Benchmarks", 1), *tables])
     if inputs.bad:
         rows = [[path, why] for path, why in inputs.bad.items()]
         rest += [Heading("Not reported", 2), Table(["path", "reason"], rows, left=2)]
@@ -73,11 +66,7 @@ def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
 
 
 def run(arguments: Sequence[str], say: Say) -> None:
-    """The command line: read, compose, write.
-
-    Raises:
-        UserError: there is nothing to report, or it cannot be written.
-    """
+    """The command line: read, compose, write."""
     options = parse(Options, arguments, "python -m infobatch_fast.report", Options())
     if not options.runs:
         raise UserError("runs must name at least one folder or .jsonl file, got none")

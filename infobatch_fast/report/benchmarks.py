@@ -50,11 +50,10 @@ def _marks(benchmark: Benchmark, lines: Sequence[Line]) -> Iterator[str]:
 def _about(lines: Sequence[Line]) -> str:
     first = lines[0]
     options = ", ".join(f"{name} {_figure(value)}" for name, value in first.options.items())
-    low = any(name.startswith("low_") for line in lines for name in line.more)
-    interval = " Low to high: the 95% interval of the median of paired differences." * low
     return (
-        f"Median [20th, 80th percentile]; started {first.started} on {device_of(first.device)}; "
-        f"commit {str(first.commit)[:8]}, source {first.source_hash[:8]}; {options}.{interval}"
+        f"Median [20th, 80th percentile], of differences low to high: the 95% interval; started "
+        f"{first.started} on {device_of(first.device)}; commit {str(first.commit)[:8]}, source "
+        f"{first.source_hash[:8]}; {options}."
     )
 
 

@@ -82,7 +82,7 @@ def markdown(blocks: Iterable[Block]) -> str:
                 rows = [[_escaped(cell) for cell in row] for row in (block.headers, *block.rows)]
                 parts.append("\n".join(tables.markdown(rows[0], rows[1:], block.left)))
             case Plot():
-                parts.append(f"*Plot, in report.html:* {_escaped(block.title)}")
+                pass
     return "\n\n".join(parts) + "\n"
 
 
@@ -91,8 +91,10 @@ def terminal(blocks: Iterable[Block]) -> list[str]:
     lines: list[str] = []
     for block in blocks:
         match block:
-            case Heading() | Text():
-                lines += ["", block.text] if isinstance(block, Heading) else [block.text]
+            case Heading():
+                lines += ["", block.text]
+            case Text():
+                lines.append(block.text)
             case Code():
                 lines += [f"  {line}" for line in block.lines]
             case Table():
@@ -104,13 +106,8 @@ def terminal(blocks: Iterable[Block]) -> list[str]:
 
 def page(title: str, blocks: Sequence[Block]) -> str:
     """The report as an HTML page with everything in it."""
-    environment = Environment(
-        autoescape=True,
-        loader=FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("page.html.j2")
+    folder = FileSystemLoader(Path(__file__).parent)
+    template = Environment(autoescape=True, loader=folder).get_template("page.html.j2")
     groups = [(plots, [*group]) for plots, group in groupby(blocks, lambda b: b.kind == "plot")]
     return template.render(title=title, groups=groups, mark=Markup(MARK))
 

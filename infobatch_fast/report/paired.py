@@ -1,6 +1,7 @@
 """What a training cost and saved: differences of runs with equal seeds, and how sure they are."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,6 +72,11 @@ class Training:
     pruning: Pruning
     epochs: int
     runs: Sequence[Run]
+
+    @property
+    def saved(self) -> float:
+        """Share of the samples left out, mean over its runs."""
+        return statistics.fmean(run.saved_share or 0.0 for run in self.runs)
 
     @cached_property
     def frame(self) -> pd.DataFrame:

@@ -195,11 +195,9 @@ def _classes(run: Run, label: str, found: dict[str, np.ndarray], blocks: list[Bl
     epochs = len(run.epochs)
     frame = pd.DataFrame({"label": found["labels"], "out": 100 * (1 - found["kept"] / epochs)})
     shares = frame.groupby("label")["out"].mean().sort_values(ascending=False)
-    about = "Share of the class's samples, over all epochs; dotted, of all classes."
-    if len(shares) > _MOST_CLASSES:
-        half = _MOST_CLASSES // 2
-        about += f" The {half} classes at either end of {len(shares)}."
-        shares = pd.concat([shares.head(half), shares.tail(half)])
+    about = "Share of the class's samples, over all epochs; dotted, of all classes. The first "
+    about += f"{_MOST_CLASSES} of {len(shares)}." if len(shares) > _MOST_CLASSES else "is the most."
+    shares = shares.head(_MOST_CLASSES)
     with _figure(f"Left out by class: {label}", about, blocks, 0.8 + 0.22 * len(shares)) as figure:
         axes = figure.add_subplot(xlabel="left out (%)")
         _bars(axes, shares.rename(lambda number: _class(run, number)).to_frame())
@@ -251,8 +249,4 @@ def _svg(figure: Figure) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg ") :].replace(_TEXT, "currentColor")
     used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
-
-    def kept(match: re.Match[str]) -> str:
-        return match[0] if match[1] in used else ""
-
-    return Markup(re.sub(r' id="([^"]+)"', kept, text))
+    return Markup(re.sub(r' id="([^"]+)"', lambda id: id[0] if id[1] in used else "", text))

@@ -96,6 +96,11 @@ class Run:
         return images / self.seconds if images and self.seconds else None
 
     @property
+    def joules(self) -> float | None:
+        """Of everything; None where it was not measured, or the run has not ended."""
+        return self.summary.joules if self.summary else None
+
+    @property
     def startup_seconds(self) -> float:
         """Of compiling, capturing and tuning."""
         return sum(line.startup_seconds for line in self.epochs)
@@ -192,10 +197,9 @@ def _setting(run: Run) -> dict[str, Any]:
         for name, value in config.items()
         if name not in FREE and (synthetic or not name.startswith("synthetic_"))
     }
-    data = {"genuine": "published"}.get(run.record.data, run.record.data)
-    fraction = config.get("data_fraction", 1.0)
-    source = run.record.source_hash[:8]
-    return {**setting, "data_fraction": fraction, "data": data, "source": source}
+    data = {"genuine": "published"}.get(run.record.data, run.record.data)  # its older name
+    setting["data_fraction"] = config.get("data_fraction", 1.0)
+    return setting | {"data": data, "source": run.record.source_hash[:8]}
 
 
 def _title(setting: dict[str, Any], varied: Sequence[str], runs: Sequence[Run]) -> str:
@@ -208,6 +212,5 @@ def _title(setting: dict[str, Any], varied: Sequence[str], runs: Sequence[Run]) 
     if setting["data_fraction"] != 1:
         data = f"{100 * setting['data_fraction']:g}% of {data}"
     told = {"model", "dataset", "data", "data_fraction"}
-    words = [f"{n} {setting.get(n, 'not recorded')}" for n in varied if n not in told]
-    title = f"{setting['model']} on {data}, {counted(longest, 'epoch')}"
-    return ", ".join([title, *words])
+    words = [f", {n} {setting.get(n, 'not recorded')}" for n in varied if n not in told]
+    return f"{setting['model']} on {data}, {counted(longest, 'epoch')}" + "".join(words)

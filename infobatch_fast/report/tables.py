@@ -1,7 +1,6 @@
 """The tables of a report's runs, and the sentence above them that answers what pruning did."""
 
 import shlex
-import statistics
 from collections.abc import Callable, Sequence
 
 import pandas as pd
@@ -18,7 +17,7 @@ from infobatch_fast.report.paired import (
     trainings,
 )
 from infobatch_fast.report.runs import FREE, Run, Section
-from infobatch_fast.report.text import figures, mean, seconds
+from infobatch_fast.report.text import figures, mean
 
 NONE = "–"
 # Settings that no suggested command repeats; the last two are older records', no flags any more.
@@ -57,26 +56,29 @@ def answer(section: Section) -> list[Block]:
         told = Text(f"No run is complete yet: {'; '.join(begun)}.", "answer")
         return [told, Text("This goes on:"), Code(goes_on)]
     against = [(against_full(row, rows), against_shorter(row, rows)) for row in rows]
-    order = [(row.pruning == FULL, against[i] == (None, None)) for i, row in enumerate(rows)]
-    lead = order.index(min(order))
-    blocks: list[Block] = [Text(_sentence(rows[lead], *against[lead]), "answer")]
+    # The first that prunes, of those that are held against anything if there are any.
+    lead, pair = min(
+        zip(rows, against, strict=True),
+        key=lambda of: (of[0].pruning == FULL, of[1] == (None,) * 2),
+    )
+    blocks: list[Block] = [Text(_sentence(lead, *pair), "answer")]
     if len(rows) > 1:
         cells = [
             [
                 *(row.label, str(len(row.frame)), mean([*row.frame["accuracy"]], 2)),
                 *(NONE if one is None else _brief(one) for one in (full, shorter)),
-                NONE if row.pruning == FULL else f"{100 * _saved(row):.1f}%",
+                NONE if row.pruning == FULL else f"{100 * row.saved:.1f}%",
                 NONE if full is None else _time(full) or NONE,
             ]
             for row, (full, shorter) in zip(rows, against, strict=True)
         ]
         head = ["training", "seeds", "accuracy %", "against full data", "against training shorter"]
         blocks += [Table([*head, "fewer samples", "less time"], cells), Text(_HOW, "aside")]
-    for what, pruning, epochs in _lacking(rows[lead], *against[lead]):
-        seeds = ", ".join(str(run.config["seed"]) for run in rows[lead].runs[1:])
-        likewise = f"; and likewise with --seed {seeds}" * bool(seeds)
-        first = rows[lead].runs[0]
-        blocks += [Text(f"Lacking is {what}{likewise}:"), Code(_train(first, pruning, epochs))]
+    seeds = ", ".join(str(run.config["seed"]) for run in lead.runs[1:])
+    likewise = f"; and likewise with --seed {seeds}" * bool(seeds)
+    for what, pruning, epochs in _lacking(lead, *pair):
+        command = _train(lead.runs[0], pruning, epochs)
+        blocks += [Text(f"Lacking is {what}{likewise}:"), Code(command)]
     return blocks
 
 
@@ -93,14 +95,12 @@ def run_table(section: Section) -> list[Block]:
         "images/s": lambda run: f"{run.images_per_second or 0:,.0f}",
         "pruning % of it": _overhead,
         "start-up s": lambda run: figures(run.startup_seconds),
-        "all in all": lambda run: _length(run.total_seconds),
-        "energy kJ": _energy,
+        "all in all min": lambda run: figures(run.total_seconds / 60),
+        "energy kJ": lambda run: figures(run.joules / 1000) if run.joules else NONE,
     }
     frame = pd.DataFrame({head: [of(run) for run in section.runs] for head, of in columns.items()})
     dull = {"state": "complete", "start-up s": "0", "energy kJ": NONE}
-    frame = frame.drop(
-        columns=[name for name, value in dull.items() if (frame[name] == value).all()]
-    )
+    frame = frame.drop(columns=[of for of, same in dull.items() if (frame[of] == same).all()])
     note = "Seconds an epoch are the median of training with its pruning; start-up is apart. "
     note += "Every run is complete. " * ("state" not in frame)
     if frame["pruning % of it"].str.contains("PART").any():
@@ -109,12 +109,11 @@ def run_table(section: Section) -> list[Block]:
     origin = pd.DataFrame([_origin(run) for run in section.runs], columns=pd.Index(names))
     counts = origin.value_counts(sort=False).reset_index(name="runs").astype(str)
     told = ", ".join(f"{name} {value}" for name, value in section.setting.items())
-    blocks: list[Block] = [
+    return [
         Table([*map(str, frame)], frame.to_numpy().tolist(), left=3 + ("state" in frame)),
         Text(f"{note}In common are: {told}.", "aside"),
         Table([*map(str, counts)], counts.to_numpy().tolist(), left=6),
     ]
-    return blocks
 
 
 def reported_tables(section: Section) -> list[Block]:
@@ -163,7 +162,7 @@ def _sentence(row: Training, full: Paired | None, shorter: Paired | None) -> str
         return f"{row.label}: {alone}. Nothing is pruned: a pruned run is lacking."
     unknown = []
     if full is None:
-        parts = [f"{alone} with {_less(_saved(row), 'samples')}"]
+        parts = [f"{alone} with {_less(row.saved, 'samples')}"]
         unknown = ["what that cost in accuracy, and saved in time"]
     else:
         parts = [f"against full data {_told(full, ' of accuracy')}", _less(full.samples, "samples")]
@@ -207,10 +206,6 @@ def _range(one: Paired) -> str:
 def _less(share: float, what: str) -> str:
     less = "less" if what.endswith("time") else "fewer"
     return f"{abs(100 * share):.0f}% {less if share >= 0 else 'more'} {what}"
-
-
-def _saved(row: Training) -> float:
-    return statistics.fmean(run.saved_share or 0.0 for run in row.runs)
 
 
 def _lacking(
@@ -258,19 +253,8 @@ def _overhead(run: Run) -> str:
     return f"{100 * run.pruning_seconds / run.seconds:.2f}" + " (PART)" * part
 
 
-def _energy(run: Run) -> str:
-    joules = run.summary.joules if run.summary else None
-    return NONE if joules is None else figures(joules / 1000)
-
-
-def _length(value: float) -> str:
-    return seconds(value) if value < 120 else f"{figures(value / 60)} min"
-
-
 def _origin(run: Run) -> tuple[str, ...]:
     of = run.record
-    commit = (
-        "none" if of.commit is None else of.commit[:8] + "-dirty" * of.commit.endswith("-dirty")
-    )
+    commit = str(of.commit)[:8] + "-dirty" * str(of.commit).endswith("-dirty")
     torch = of.packages.get("torch") or "unknown"
     return run.device, run.form or NONE, torch, commit, of.source_hash[:8], of.data

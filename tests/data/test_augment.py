@@ -39,17 +39,8 @@ def test_augmentation_does_not_depend_on_where_it_starts():
     assert [values.numel() for values in augmentation(5, 2, 7, 7, 4, "cpu")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize("over", ["positions", "seeds", "epochs"])
-def test_augmentation_is_uniform(over):
-    if over == "positions":
-        draws = list(
-            zip(*(v.tolist() for v in augmentation(3, 2, 0, 40_000, 4, "cpu")), strict=True)
-        )
-    else:
-        draws = [
-            reference_augmentation(*((i, 0) if over == "seeds" else (0, i)), 17, 4)
-            for i in range(40_000)
-        ]
+def test_augmentation_is_uniform():
+    draws = zip(*(v.tolist() for v in augmentation(3, 2, 0, 40_000, 4, "cpu")), strict=True)
     counts = Counter(draws)
     assert len(counts) == 162
     assert chisquare(list(counts.values())).pvalue > 1e-4

@@ -166,9 +166,10 @@ def test_what_is_broken_is_an_error_and_nothing_stands_in(tmp_path: Path) -> Non
     check(load_cifar("cifar10", tmp_path), "cifar10", "published")
     archive = put_archive(tmp_path, "cifar10", "binary")
     check(load_cifar("cifar10", tmp_path), "cifar10", "files")
-    archive.write_bytes(b"broken")
-    with pytest.raises(UserError, match=rf"^{archive} must be a sound .tar.gz"):
-        load_cifar("cifar10", tmp_path)
+    for broken in (b"broken", b"", archive.read_bytes()[:9000]):
+        archive.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"^{archive}(:| must be a sound .tar.gz)"):
+            load_cifar("cifar10", tmp_path)
     pickled = put_folder(tmp_path, "cifar10", "pickled")
     check(load_cifar("cifar10", tmp_path), "cifar10", "published")
     (pickled / "test_batch").unlink()
@@ -187,10 +188,8 @@ def test_what_is_broken_is_an_error_and_nothing_stands_in(tmp_path: Path) -> Non
     ("form", "damage", "rule"),
     [
         ("binary", lambda raw: raw[:-1], r"must hold 3 records of 307. bytes = .* got .*"),
-        ("binary", lambda raw: raw + b"\0", "must hold 3 records of 307. bytes"),
         ("binary", lambda raw: b"", "must hold 3 .* got 0"),
         ("binary", lambda raw: b"\xc8" * len(raw), r"labels must be in \[0, 10*\), got 200"),
-        ("pickled", lambda raw: raw[:-1], "must be there with the published MD5"),
         ("pickled", lambda raw: bytes([raw[0] ^ 1]) + raw[1:], "must be there with .* MD5"),
         ("pickled", lambda raw: pickle.dumps(os.getpid), "must be there with .* MD5"),
     ],
@@ -201,16 +200,6 @@ def test_damaged_files(tmp_path: Path, name: str, form: str, damage, rule: str) 
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=f"^{file}:? {rule}") as caught:
         load_cifar(name, tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-@both
-@pytest.mark.parametrize("share", [0, 0.5, 0.999])
-def test_archives_cut_short(tmp_path: Path, form: str, share: float) -> None:
-    path = put_archive(tmp_path, "cifar10", form)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=f"^{path}(:| must be a sound .tar.gz)") as caught:
-        load_cifar("cifar10", tmp_path)
     assert "\n" not in str(caught.value)
 
 

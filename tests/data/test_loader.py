@@ -158,18 +158,6 @@ def test_both_loaders_yield_the_same(start):
 
 
 @either
-def test_augmentation_changes_with_the_epoch_and_the_seed_alone(kind):
-    images, labels, order = random_images(64, 16, 16), torch.arange(64), random_plan(64, 64)
-    epochs = [Plan(e, 64, 0, order.indices, order.weights) for e in (0, 1)]
-    loader = kind(images, labels, 16, **CIFAR, seed=1)
-    first, other_epoch, again = (all_images(loader.epoch(epochs[e])) for e in (0, 1, 0))
-    other_seed = all_images(kind(images, labels, 16, **CIFAR, seed=2).epoch(epochs[0]))
-    assert torch.equal(first, again)
-    for other in (other_epoch, other_seed):
-        assert (first != other).flatten(1).any(1).float().mean() > 0.9
-
-
-@either
 def test_more_than_two_gigabytes_of_images(kind):
     n = 720_000
     images = torch.from_numpy(np.zeros((n, 32, 32, 3), np.uint8))  # pages that nothing has touched
@@ -349,18 +337,13 @@ def test_a_dropped_loader_frees_its_pipeline_and_its_images():
     ("name", "value", "got"),
     [
         ("batch_size", 0, "0"),
-        ("pad", -1, "-1"),
         ("pad", 6, "6"),
-        ("mean", (0.5,), r"\(0.5,\)"),
         ("mean", (125.3, 123.0, 113.9), r"\(125.3, "),
         ("std", (1, 0, 1), r"\(1, 0, 1\)"),
-        ("std", (63.0, 62.1, 66.7), r"\(63.0, "),
         ("images", np.zeros((4, 6, 8, 3), np.uint8), "ndarray"),
-        ("images", torch.zeros(4, 6, 8, 3), r"torch.float32 of shape \(4, 6, 8, 3\)"),
         ("images", torch.zeros(4, 3, 8, 8).byte(), r"torch.uint8 of shape \(4, 3, 8, 8\)"),
         ("labels", [1, 2, 3, 0], "list"),
         ("labels", torch.zeros(5).long(), r"torch.int64 of shape \(5,\)"),
-        ("labels", torch.zeros(4), "torch.float32"),
         ("labels", torch.zeros(4).long().to("meta"), ".* on meta"),
     ],
 )

@@ -52,33 +52,25 @@ def test_order_and_range_of_pixels() -> None:
     assert ((got.images == 0) | (got.images == 255)).float().mean().item() < 0.1
 
 
-@pytest.mark.parametrize(("easy", "hard"), [(0.5, 0.1), (0.0, 0.0), (0.3, 0.7)])
-def test_shares(easy: float, hard: float) -> None:
-    n = 2000
-    images = make_synthetic(n, 1, easy=easy, hard=hard).images.float()
+def test_shares() -> None:
+    images = make_synthetic(2000, 1).images.float()
     # Second differences leave little of the smooth patterns: the noise tells the level.
     rough = (images[:, 2:] - 2 * images[:, 1:-1] + images[:, :-2]).std((1, 2, 3)) / 6**0.5 / 64
     low, middle, high = synthetic._NOISE
     of_easy = (rough < (low + middle) / 2).float().mean().item()
     of_hard = (rough > (middle + high) / 2).float().mean().item()
-    for got, share in ((of_easy, easy), (of_hard, hard)):
-        assert abs(got - share) <= 4 * (share * (1 - share) / n) ** 0.5 + 0.005
+    for got, share in ((of_easy, 0.5), (of_hard, 0.1)):
+        assert abs(got - share) <= 4 * (share * (1 - share) / 2000) ** 0.5 + 0.005
 
 
-def test_easy_ones_can_be_learned_and_hard_ones_hardly() -> None:
-    def nearest_neighbour(easy: float, hard: float) -> float:
-        got = make_synthetic(8000, 200, easy=easy, hard=hard)
-        train, test = (
-            torch.nn.functional.avg_pool2d(i.permute(0, 3, 1, 2).float(), 4).flatten(1)
-            for i in (got.images, got.test_images)
-        )
-        nearest = got.labels[torch.cdist(test, train).argmin(1)]
-        return (nearest == got.test_labels).float().mean().item()
-
-    clear, usual, unclear = (nearest_neighbour(*s) for s in ((1, 0), (0.5, 0.1), (0, 1)))
-    assert clear > max(usual, 0.7)
-    assert usual > unclear > 0.1
-    assert unclear < 0.5
+def test_they_can_be_learned_in_part() -> None:
+    got = make_synthetic(8000, 200)
+    train, test = (
+        torch.nn.functional.avg_pool2d(i.permute(0, 3, 1, 2).float(), 4).flatten(1)
+        for i in (got.images, got.test_images)
+    )
+    nearest = got.labels[torch.cdist(test, train).argmin(1)]
+    assert 0.3 < (nearest == got.test_labels).float().mean().item() < 0.95
 
 
 def test_more_than_memory_holds() -> None:

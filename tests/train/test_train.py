@@ -116,7 +116,7 @@ def test_what_a_run_leaves(finished: Path, capsys) -> None:
 
 
 def test_evaluate_trains_nothing(finished: Path, tmp_path, capsys) -> None:
-    data = make_synthetic(120, 24, 10, easy=0.5, hard=0.1, seed=0)
+    data = make_synthetic(120, 24, 10, seed=0)
     model = make_model("small", 10)
     model.load_state_dict(torch.load(finished / "model.pt", weights_only=True))
     images = data.test_images.permute(0, 3, 1, 2).float() / 255
@@ -356,7 +356,7 @@ def test_records_are_of_the_plans_and_a_resumed_run_is_the_same(
     assert arrays["kept"].tolist() == kept.tolist()  # type: ignore[union-attr]
     assert sum(arrays["kept"]) == summary["samples_trained"] < 120 * len(plans)
     assert summary["expected_saving"] == pytest.approx(summary["saved_share"], abs=0.06)
-    data = make_synthetic(120, 24, 10, easy=0.5, hard=0.1, seed=0)
+    data = make_synthetic(120, 24, 10, seed=0)
     np.testing.assert_array_equal(arrays["labels"], data.labels.numpy())
     np.testing.assert_array_equal(arrays["pictures"], data.images.numpy()[arrays["pictured"]])
     np.testing.assert_array_equal(arrays["scores"], scores[-1].numpy())
@@ -405,7 +405,7 @@ def test_targets_and_schedules(tmp_path, capsys) -> None:
 
 
 def test_a_fraction_of_the_data(tmp_path, capsys, monkeypatch) -> None:
-    whole = make_synthetic(120, 24, 10, easy=0.5, hard=0.1, seed=0)
+    whole = make_synthetic(120, 24, 10, seed=0)
     monkeypatch.setattr(command, "make_synthetic", lambda *args, **kwargs: whole)
     for seed in (0, 1):  # the same images for every seed
         folder = tmp_path / str(seed)
