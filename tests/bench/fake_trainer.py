@@ -54,7 +54,7 @@ def main(words: list[str]) -> int:
             time.sleep(0.05)
     if fault != "no summary":
         trained = N * epochs - len(left_out) * int(pruning.ratio * 800)
-        values: dict[str, Any] = dict.fromkeys(records.Summary.__annotations__, 0)
+        values: dict[str, Any] = dict.fromkeys(records.Summary.__dataclass_fields__, 0)
         values |= {"accuracy_last": 0.5, "epochs": epochs, "samples_trained": trained}
         values |= {"saved_share": 1 - trained / (N * epochs), "train_seconds": trained / 100}
         values |= {"data": "same", "loader": "same", "nvml": {}, "target_saving": None}
