@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infobatch_fast.budget import MOST_WEIGHTED, Budget, scheduled_ratio, to_save
+from infobatch_fast.errors import reason
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.plan import Batch, Plan, check_count, per_sample
@@ -86,7 +87,11 @@ class InfoBatch:
         if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
             # Copies side by side would each prune by the losses of their own samples.
             raise ValueError(f"WORLD_SIZE must be 1: several processes are not served, got {world}")
-        self.num_samples, self.num_epochs, self.seed = int(num_samples), int(num_epochs), int(seed)
+        self.num_samples, self.num_epochs, self.seed = (
+            int(num_samples),
+            int(num_epochs),
+            operator.index(seed),
+        )
         self.first_full_epoch = self.pruning.first_full_epoch(self.num_epochs)
         self._tail = Pruning(delta=delta).first_full_epoch(self.num_epochs)  # though not annealed
         self._policy = find(policy)
@@ -95,8 +100,8 @@ class InfoBatch:
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
         self._protected: Tensor | None = None
         if protect is not None:
-            self._expect("protect", protect, torch.bool)
-            self._protected = protect.to(self.scores.device)
+            self._protected = torch.as_tensor(protect, device=self.scores.device)
+            self._expect("protect", self._protected, torch.bool)
         triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
         self._past = self._after = _Past({}, None, 0)
@@ -303,13 +308,14 @@ class InfoBatch:
                 "has a plan of its own, from sample(epoch)",
                 stacklevel=2,
             )
+        if scores is not None:
+            scores = per_sample(scores, size, name="scores")
         self.record(losses if scores is None else scores, batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
     def record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
         """The half of `update` that writes the scores; where found_inf (1,) is not 0 they stay."""
         device = self.scores.device
-        self.recorded += batch.indices.numel()
         losses = _onto(per_sample(losses, batch.indices.numel()).detach(), device)
         kernels = triton_kernels(device)
         operation = reference.record if kernels is None else kernels.record
@@ -318,6 +324,7 @@ class InfoBatch:
             before = self.scores.index_select(0, indices)
             losses = SCORES[self.pruning.score](before, losses)
         operation(self.scores, indices, losses.contiguous(), found_inf)
+        self.recorded += indices.numel()
 
     def loader(
         self,
@@ -391,14 +398,19 @@ class InfoBatch:
         for name, value in {"version": STATE_VERSION, **self._settings()}.items():
             if state.get(name) != value:
                 raise ValueError(f"{name} of the state must be {value}, got {state.get(name)}")
-        past, after = (_past_of(state[name], self.scores.device) for name in ("past", "after"))
-        self.scores.copy_(state["scores"])
-        self._epoch, self._past, self._after = state["epoch"], past, after
-        self.plan, self.recorded = None, state["recorded"]
-        if (plan := state["plan"]) is not None:
-            tensors = {name: plan[name].to(self.scores.device) for name in ("indices", "weights")}
-            self.plan = Plan(**{**plan, **tensors})
-        self.resume_at = 0 if plan is None else self.recorded
+        device = self.scores.device
+        try:
+            past, after = (_past_of(state[name], device) for name in ("past", "after"))
+            epoch, plan, recorded = state["epoch"], state["plan"], int(state["recorded"])
+            if plan is not None:
+                tensors = {name: plan[name].to(device) for name in ("indices", "weights")}
+                plan = Plan(**{**plan, **tensors})
+            self.scores.copy_(state["scores"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"state must be from state_dict(): {reason(error)}") from None
+        self._epoch, self._past, self._after = epoch, past, after
+        self.plan, self.recorded = plan, recorded
+        self.resume_at = 0 if plan is None else recorded
 
 
 def _adapter() -> Any:

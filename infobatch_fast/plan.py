@@ -70,7 +70,9 @@ class Plan:
             yield self.batch(start, start + batch_size)
 
 
-def per_sample(losses: Tensor, batch_size: int, mask: Tensor | None = None) -> Tensor:
+def per_sample(
+    losses: Tensor, batch_size: int, mask: Tensor | None = None, name: str = "losses"
+) -> Tensor:
     """Losses of any accepted shape and dtype as (B,) float32 (float64 stays), differentiably.
 
     Args:
@@ -80,17 +82,18 @@ def per_sample(losses: Tensor, batch_size: int, mask: Tensor | None = None) -> T
     """
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"losses must be a floating tensor, got {kind}")
+        raise TypeError(f"{name} must be a floating tensor, got {kind}")
     if losses.dim() == 0 and batch_size == 1:
         losses = losses.view(1)
     if losses.dim() == 0 or losses.shape[0] != batch_size or 0 in losses.shape[1:]:
         raise ValueError(
-            f"losses must hold one loss per sample of the batch of {batch_size} "
+            f"{name} must hold one value per sample of the batch of {batch_size} "
             f'(reduction="none"), got shape {tuple(losses.shape)}'
         )
     if losses.dtype != torch.float64:
         losses = losses.float()
     if mask is not None:
+        mask = torch.as_tensor(mask)
         if mask.shape != losses.shape:
             shapes = f"{tuple(losses.shape)}, got {tuple(mask.shape)}"
             raise ValueError(f"mask must have the shape of the losses, {shapes}")

@@ -234,6 +234,8 @@ def find(name: str) -> Policy:
     Raises:
         ValueError: there is none of that name; TypeError: it is no policy.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"policy must be a name or 'module:function', got {type(name).__name__}")
     if ":" in name and name not in POLICIES:
         module, _, function = name.partition(":")
         sys.path.insert(0, "")  # as `python -m` has it: the user's folder
@@ -243,6 +245,8 @@ def find(name: str) -> Policy:
             raise ValueError(f"policy {name} cannot be imported: {reason(error)}") from error
         finally:
             sys.path.remove("")
+        if not callable(found) and not isinstance(found, Policy):
+            raise ValueError(f"policy {name} must be a function of a View, got {found!r:.60}")
         return found if isinstance(found, Policy) else Policy(found, "r")
     if name not in POLICIES:
         raise ValueError(unknown_name("policy", name, [*POLICIES, "module:function"]))

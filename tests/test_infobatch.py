@@ -386,6 +386,17 @@ def test_a_state_of_other_settings_changes_nothing(broken: dict | None, message:
     assert infobatch.scores.tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("damage", [{"plan": 3}, {"past": None}, {"scores": torch.ones(4)}])
+def test_a_damaged_state_changes_nothing(damage: dict) -> None:
+    infobatch = with_scores(np.arange(5.0))
+    with pytest.raises(ValueError, match=r"^state must be from state_dict\(\): "):
+        infobatch.load_state_dict({**make(5).state_dict(), **damage})
+    assert infobatch.scores.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="^scores must hold one value per sample"):
+        infobatch.update(torch.ones(5), infobatch.sample(1).batch(0, 5), scores=torch.ones(3))
+    assert infobatch.recorded == 0
+
+
 def test_expected_saving_is_what_is_saved_but_for_rounding() -> None:
     scores = np.random.default_rng(0).gamma(1.0, 1.0, 1003)
     for policy in POLICIES:
@@ -436,7 +447,7 @@ def test_bad_calls() -> None:
     batch = infobatch.sample(0).batch(0, 4)
     with pytest.raises(ValueError, match=r'reduction="none"\), got shape \(\)'):
         infobatch.update(torch.tensor(1.0), batch)
-    with pytest.raises(ValueError, match=r"one loss per sample of the batch of 4 .* \(3,\)"):
+    with pytest.raises(ValueError, match=r"one value per sample of the batch of 4 .* \(3,\)"):
         infobatch.update(torch.ones(3), batch)
     with pytest.raises(TypeError, match=r"^losses must be a floating tensor, got torch.int64$"):
         infobatch.update(torch.ones(4, dtype=torch.int64), batch)

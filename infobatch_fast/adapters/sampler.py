@@ -55,8 +55,6 @@ class PickedDataset(Dataset):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "dataset":  # while it is copied or unpickled
             raise AttributeError(name)
-        if name == "__getitems__":
-            raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
@@ -89,8 +87,9 @@ class Sampler(DistributedSampler):
     A plan is drawn at the first `len()` or `iter()` of its epoch, and stays. Which epoch that is
     `set_epoch` says. Without it an `iter()` begins the next one where `update` was called since the
     last, and gives the same one again where it was not, as after a peek. A loaded state's epoch
-    goes on with what was not trained on yet. (A `DistributedSampler`, because Lightning and Ray put
-    one of their own in the place of others.)
+    goes on with what was not trained on yet. `len()` is of the next epoch once a `Loader` has ended
+    one; in a DataLoader built by hand, once the next has begun. (A `DistributedSampler`, because
+    Lightning and Ray put one of their own in the place of others.)
 
     Args:
         infobatch: whose plans they are.
@@ -107,6 +106,8 @@ class Sampler(DistributedSampler):
         self._set: int | None = None  # the epoch that was asked for, until it is iterated over
         self._last: _Picks | None = None
         self._recorded = 0  # samples recorded when that began
+        self.ended: Plan | None = None  # the last that a `Loader` gave to its end
+        self._told = False
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` the one that is given next."""
@@ -114,7 +115,8 @@ class Sampler(DistributedSampler):
 
     def __len__(self) -> int:
         plan = self.plan()
-        if self._done(plan) and self._set is None and plan.epoch + 1 < self.infobatch.num_epochs:
+        over = self.ended is plan and self.infobatch.recorded > 0 and self._set is None
+        if over and plan.epoch + 1 < self.infobatch.num_epochs:
             plan = self._draw(plan.epoch + 1)
         return len(plan)
 
@@ -124,6 +126,14 @@ class Sampler(DistributedSampler):
         if self._set is None and (
             self._done(plan) or (again and self.infobatch.recorded > self._recorded)
         ):
+            if not self._done(plan) and self.ended is not plan and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"epoch {plan.epoch} is left after {self.infobatch.recorded} of {len(plan)} "
+                    "samples, and the next begins; to look at a batch in between, go to the data "
+                    "set, or call sampler.set_epoch first",
+                    stacklevel=2,
+                )
             plan = self._draw(plan.epoch + 1)
         elif again and last is not None and last.position == len(plan) and not plan.epoch:
             warnings.warn(
@@ -184,6 +194,19 @@ class _Picks(Iterator[Pick]):
         self.position = self._ends = state["position"]
 
 
+class Loader(DataLoader):
+    """A DataLoader that tells its `Sampler` when an epoch was given to its end."""
+
+    def __iter__(self) -> Any:
+        return self._until_the_end(super().__iter__())
+
+    def _until_the_end(self, batches: Any) -> Iterator[Any]:
+        sampler: Any = self.sampler
+        plan = sampler.infobatch.plan
+        yield from batches
+        sampler.ended = plan
+
+
 def wrap(infobatch: InfoBatch, dataset: Any) -> PickedDataset:
     """See `InfoBatch.wrap`."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -208,7 +231,7 @@ def loader(
     taken = {"sampler", "batch_sampler", "shuffle"} & arguments.keys()
     if taken:
         raise ValueError(f"{min(taken)} must be left to the InfoBatch, which draws the order")
-    return DataLoader(
+    return Loader(
         wrap(infobatch, dataset),
         batch_size,
         sampler=Sampler(infobatch, batch_size, arguments.get("drop_last", False)),
@@ -240,9 +263,11 @@ def check(infobatch: InfoBatch, loader: Any) -> str:
         if not torch.equal(given, weights[indices]):
             raise ValueError(f"weights of batch {count} are not those of the plan")
         count += 1
-    sampler._last = None  # nothing was trained on, and nothing is missed
+    sampler._last = sampler.ended = None  # nothing was trained on, and nothing is missed
     if times.max() > 1:
         raise ValueError(f"sample {int(times.argmax())} must come once, got {int(times.max())}")
+    size = sampler.batch_size or getattr(loader, "batch_size", None) or 1
+    length -= infobatch.resume_at // size  # trained on before a state was saved
     if count != length:
         raise ValueError(f"len of the loader must be the {count} batches that came, got {length}")
     return f"{int(times.sum())} of {infobatch.num_samples} samples, each once, in {count} batches"
