@@ -81,7 +81,7 @@ class Options:
         epochs: of each run, before scaling; default the preset's.
         data_dir: folder of CIFAR; default $INFOBATCH_DATA, else a user cache.
         out: folder of the runs, their results and their report.
-        dry_run: show the plan and what it takes; write nothing.
+        dry_run: show the plan and what it takes, by finished runs or by two short epochs.
         extra: words for the trainer.
     """
 
@@ -148,11 +148,13 @@ def settle(options: Options, extra: Sequence[str]) -> Options:
 
         preset = "paper" if torch.cuda.is_available() else "quick"
     whole = EPOCHS[preset] if options.epochs is None else options.epochs
-    if (epochs := round(whole * options.scale)) < 2:
+    if (epochs := round(whole * options.scale)) < 3:
         raise UserError(
-            "epochs times scale must be at least 2, as the first prunes nothing, "
+            "epochs times scale must be at least 3, as the first and the last prune nothing, "
             f"got {whole} x {options.scale:g}"
         )
+    if not options.seeds:
+        raise UserError("seeds must be one or more, got none")
     own = {*options.words(Pruning(), 0, epochs, 0.5), "--data-dir", "--out", "--resume"}
     for word in extra:
         if (flag := word.split("=")[0].replace("_", "-")).startswith("--") and flag in own:

@@ -53,11 +53,11 @@ def header(
 
 
 def pruning_line(settings: Config) -> str:
-    """The pruning and its upper bound, delta * ratio * share."""
+    """The pruning and the most it can save: the first epoch is full, as it has no scores yet."""
     of = settings.pruning
     if of.full_data:
         return "pruning    none: every epoch trains on all samples"
-    delta = of.delta if of.anneal else 1.0
+    pruning, epochs = max(0, of.first_full_epoch(settings.epochs) - 1), settings.epochs
     told = {
         "no rescaling": not of.rescale,
         "no annealing": not of.anneal,
@@ -68,9 +68,12 @@ def pruning_line(settings: Config) -> str:
     if of.target_saving is not None:
         line += f"to save {of.target_saving:.1%} of all samples"
     else:
-        line += f"saves at most delta x ratio x share = {delta:g} x {of.ratio:g} x share = "
-        line += f"{delta * of.ratio:.1%} x share of the {PRUNABLE.get(of.policy, 'samples seen')}"
-    full = settings.epochs - of.first_full_epoch(settings.epochs)
+        line += f"r {of.ratio:g} in {pruning} of {epochs} epochs saves at most "
+        line += f"{of.ratio * pruning / epochs:.1%} x share of the "
+        line += PRUNABLE.get(of.policy, "samples seen")
+        if pruning == 0:
+            line += "\nWARNING: no epoch prunes: the first has no scores yet; take more --epochs"
+    full = epochs - of.first_full_epoch(epochs)
     return line + f"; the last {full} train on all" * (full > 0)
 
 

@@ -131,7 +131,7 @@ class Ledger:
         )
         self._clear()
         self.history.append(line)
-        records.write_epochs(self.path / records.EPOCHS, self.history)
+        records.append_epoch(self.path / records.EPOCHS, line)
         return line
 
     def check(self, counts: Counts, steps: int | None = None) -> None:

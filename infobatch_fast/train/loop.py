@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.data.loader import make_loader
-from infobatch_fast.errors import UserError
+from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.plan import Plan
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import Phases, score_histogram
 from infobatch_fast.telemetry.syncs import HostSyncs, host_syncs
@@ -121,7 +122,7 @@ def train(
                 if plan is None:
                     step.begin_epoch()
                     with phases("choose"), _watch(settings, device, "count") as watch:
-                        plan = infobatch.sample(epoch, whole)
+                        plan = _draw(infobatch, epoch, whole)
                     syncs = None if syncs is None else watch.count
                 if (warning := console.strained(plan, infobatch)) and not warned:
                     say(warning)
@@ -175,6 +176,17 @@ def train(
     interrupts.deferred = False
     captured = isinstance(advance, GraphStep) and advance.captured
     return ledger.finish(data, compiled=step.compiled, captured=captured, loader=fed)
+
+
+def _draw(infobatch: InfoBatch, epoch: int, batch_size: int | None) -> Plan:
+    try:
+        return infobatch.sample(epoch, batch_size)
+    except Exception as error:
+        if ":" not in infobatch.pruning.policy:
+            raise
+        # Of the user's own policy, whatever it raises.
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"policy {infobatch.pruning.policy} failed: {what}") from error
 
 
 def _watch(

@@ -180,8 +180,20 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def write_epochs(path: Path, history: Iterable[EpochLine]) -> None:
-    """Write the lines of all epochs, atomically: no kill tears one."""
-    write_atomically(path, "".join(json.dumps(asdict(x)) + "\n" for x in history).encode())
+    """Write the lines of all epochs anew, atomically."""
+    write_atomically(path, b"".join(map(_line, history)))
+
+
+def append_epoch(path: Path, line: EpochLine) -> None:
+    """Add an epoch's line; a kill may tear it, and a resumed run writes the file anew."""
+    with doing(f"write {path}"), open(path, "ab") as file:
+        file.write(_line(line))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(line: EpochLine) -> bytes:
+    return (json.dumps(asdict(line)) + "\n").encode()
 
 
 def make_folder(folder: Path) -> bool:

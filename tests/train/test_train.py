@@ -522,7 +522,7 @@ def test_a_disk_that_fills_up_keeps_what_was_written(
         patch.setattr(os, "fsync", full)
         message = fails(capsys, *TINY, "--out", folder)
     assert message == f"cannot write {folder / name}: No space left on device"
-    if name in ("config.json", "epochs.jsonl"):  # nothing was recorded
+    if name == "config.json":  # nothing was recorded
         assert not folder.exists()
         return
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
@@ -604,3 +604,24 @@ def test_resume_before_the_first_checkpoint_starts_over(finished: Path, tmp_path
     assert resume(folder) == 0
     assert "from the start, as no checkpoint was written yet" in capsys.readouterr().out
     assert_alike(folder, finished)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("bad = lambda view: view.seen", "policy mine:bad failed: TypeError: policy mine:bad must"),
+        ("bad = lambda view: 1 / 0", "policy mine:bad failed: ZeroDivisionError: division by zero"),
+        ("bad = 3", "policy mine:bad must be a function of a View, got 3"),
+    ],
+)
+def test_a_mistake_in_a_policy_of_ones_own(tmp_path, capsys, monkeypatch, body, said) -> None:
+    (tmp_path / "mine.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert said in fails(capsys, *TINY, "--policy", "mine:bad", "--out", "run")
+    assert not Path("run").exists()
+
+
+def test_too_few_epochs_to_prune_are_told(tmp_path, capsys) -> None:
+    assert run("--epochs", 2, "--out", tmp_path / "run") == 0
+    assert "WARNING: no epoch prunes" in capsys.readouterr().out
