@@ -1,5 +1,6 @@
 """Shared by the tests."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # warn of, as they do of `allow_tf32` below.
     for start in ("TensorFloat32 tensor cores", "Please use the new API settings to control TF32"):
         config.addinivalue_line("filterwarnings", f"ignore:{start}:UserWarning")
+    # Importing torch 2.11's compiler calls its own deprecated `torch.jit.script_method`.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def at_rest(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No batch of DALI's that a test left may be released in the next one's capture of a graph."""
+    yield
+    if torch.cuda.is_available() and request.node.get_closest_marker("gpu"):
+        gc.collect()
+        torch.cuda.synchronize()
 
 
 @pytest.fixture(autouse=True)

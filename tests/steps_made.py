@@ -103,7 +103,17 @@ class FakeCuda:
             if self._capturing is None:
                 return advance(step, *arguments)
             assert not arguments[-1].enabled  # a timing event in a graph cannot be read
-            self._capturing.body = lambda: advance(step, *arguments)
+            infobatch = step.infobatch
+            if infobatch is not None:  # the host's part of a step runs at the capture alone
+                infobatch.recorded += len(arguments[1])
+
+            def body() -> None:
+                recorded = infobatch.recorded if infobatch is not None else 0
+                advance(step, *arguments)
+                if infobatch is not None:
+                    infobatch.recorded = recorded
+
+            self._capturing.body = body
 
         monkeypatch.setattr(TrainStep, "advance", recorded)
         monkeypatch.setattr(graph, "obstacle", lambda step: None)

@@ -108,7 +108,7 @@ def _ready(case: Case, function: Function, device: torch.device) -> Side:
         for call in calls:  # whatever is compiled or tuned at a first call cannot be captured
             call()
         torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 # All kept until the end, or one repetition would write where the last one did.
@@ -121,6 +121,7 @@ def _ready(case: Case, function: Function, device: torch.device) -> Side:
 
             return Side(replay, len(calls), more={**case.more, "clock": "graph"}, **how)
         except RuntimeError:  # it asks something of the host
+            torch.cuda.set_stream(before)  # torch leaves its own where a capture fails
             torch.cuda.synchronize(device)
     turns = itertools.cycle(calls)
     more = {**case.more, "clock": "backlog" if device.type == "cuda" else "wall"}

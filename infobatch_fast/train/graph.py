@@ -25,6 +25,8 @@ class GraphStep:
     batch is copied into static buffers; learning rate and momentum are written into the tensors
     that the optimizer holds. A size beyond the first `MOST` to come often stays eager.
 
+    Where there is no InfoBatch, images and labels are all that is copied.
+
     The time of the update is in that of the step: events inside a graph cannot be read.
 
     Args:
@@ -58,16 +60,20 @@ class GraphStep:
         self, images: Tensor, labels: Tensor, batch: Batch, lr: float, momentum: float
     ) -> None:
         """Train on one batch, as `TrainStep`."""
-        inputs, shape = (images, labels, *batch), images.shape
+        infobatch, shape = self.step.infobatch, images.shape
         graph = self._graphs.get(shape)
         if graph is None:
             self.step(images, labels, batch, lr, momentum)
             room = len(self._static) < MOST and shape not in self._static
             if room and self.step.seen[shape] >= WARM_UP:
+                inputs = (images, labels, *batch)
                 self._static[shape] = tuple(torch.empty_like(tensor) for tensor in inputs)
             return
-        for target, source in zip(self._static[shape], inputs, strict=True):
+        inputs = (images, labels) if infobatch is None else (images, labels, *batch)
+        for target, source in zip(self._static[shape], inputs, strict=False):
             target.copy_(source)
+        if infobatch is not None:
+            infobatch.recorded += len(labels)  # what `record` counts, the host's part of it
         set_schedule(self.step.optimizer, lr, momentum)
         graph.replay()
 
@@ -99,7 +105,8 @@ class GraphStep:
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             self._stream = self._stream or torch.cuda.Stream(self._device)
             how = {"stream": self._stream, "capture_error_mode": "thread_local"}
-            collecting = gc.isenabled()
+            collecting, infobatch = gc.isenabled(), self.step.infobatch
+            recorded = 0 if infobatch is None else infobatch.recorded
             gc.collect()
             gc.disable()
             try:
@@ -109,6 +116,8 @@ class GraphStep:
                     self.step.advance(images, labels, Batch(indices, weights), self._untimed)
             finally:
                 torch.cuda.set_stream(before)  # torch leaves its own where a capture fails
+                if infobatch is not None:
+                    infobatch.recorded = recorded  # `record` counted a batch, but none was trained
                 if collecting:
                     gc.enable()
         return graph

@@ -13,10 +13,7 @@ from infobatch_fast.train.graph import MOST, GraphStep
 # Relative, of each loss. A rounding of the weights makes 1e-3 in bfloat16, on a CPU.
 LIMITS = {"off": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
-pytestmark = [
-    pytest.mark.usefixtures("like_for_like"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),  # of torch 2.11's own compiler
-]
+pytestmark = pytest.mark.usefixtures("like_for_like")
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_one_sync_an_epoch_and_none_in_its_steps(device: str, kind: str) -> None
     assert trace_syncs(lambda: steps(plan)).total() == 0
     if device == "cuda":
         assert drawing.count == 1
-        assert trace_syncs(lambda: infobatch.sample(3, 16)).total() == 1
+        assert trace_syncs(lambda: infobatch.sample(4, 16)).total() == 1
 
 
 @pytest.mark.usefixtures("like_for_like")  # so that both draw the same second epoch

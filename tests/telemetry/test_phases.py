@@ -159,7 +159,7 @@ def test_peak_memory_of_the_process() -> None:
 @pytest.mark.gpu
 def test_phases_on_cuda_are_of_the_device() -> None:
     phases = Phases(torch.device("cuda"))
-    torch.cuda._sleep(1000)
+    torch.cuda._sleep(1_000_000_000)  # cycles, half a second: an idle card's clock still rises
     torch.cuda.synchronize()
     phases.read()
     start = time.perf_counter()

@@ -29,6 +29,9 @@ def test_replays_are_the_eager_steps(cuda: FakeCuda) -> None:
         assert_same(everything(eager), everything(step))
         for tensor in (images, labels, *batch):  # the loader's buffers are used anew
             tensor.fill_(0)
+        assert eager.infobatch is not None
+        assert step.infobatch is not None
+        assert step.infobatch.recorded == eager.infobatch.recorded
     assert eager.read_counts() == step.read_counts()
     full, partial = cuda.graphs
     assert (full.replays, partial.replays) == (8 - WARM_UP, 4 - WARM_UP)
@@ -36,6 +39,26 @@ def test_replays_are_the_eager_steps(cuda: FakeCuda) -> None:
     assert captured.captured
     assert cuda.told[:4] == cuda.told[4:]  # each at rest, and both in one stream
     assert cuda.told[3] == "the stream before"
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_plain_replays_copy_images_and_labels_alone(cuda: FakeCuda, plain: bool) -> None:
+    options: dict[str, Any] = {"infobatch": None} if plain else {}
+    eager, step = make_step(**options), make_step(**options)
+    captured = GraphStep(step)
+    for seed in range(WARM_UP):
+        eager(*make_batch(seed), 0.01, 0.9)
+        captured(*make_batch(seed), 0.01, 0.9)
+    captured.capture()
+    (static,) = captured._static.values()
+    for tensor in static:
+        tensor.fill_(-1)
+    images, labels, batch = make_batch(WARM_UP)
+    eager(images, labels, batch, 0.01, 0.9)
+    captured(images, labels, batch, 0.01, 0.9)
+    copied = [torch.equal(*pair) for pair in zip(static, (images, labels, *batch), strict=True)]
+    assert copied == [True, True, not plain, not plain]
+    assert_same(*(list(one.model.state_dict().values()) for one in (eager, step)))
 
 
 def test_odd_sizes_stay_eager(cuda: FakeCuda) -> None:
@@ -68,6 +91,7 @@ def test_a_capture_that_fails_is_told_and_nothing_is_lost(cuda: FakeCuda) -> Non
     cuda.fails = KeyError("operation not permitted\n when stream is capturing")
     said: list[str] = []
     eager, step = make_step(), make_step()
+    assert step.infobatch is not None
     captured = GraphStep(step, said.append)
     for seed in range(2 * WARM_UP):
         eager(*make_batch(seed), 0.01, 0.9)
@@ -80,6 +104,7 @@ def test_a_capture_that_fails_is_told_and_nothing_is_lost(cuda: FakeCuda) -> Non
     assert "when stream is capturing" in line
     assert len(cuda.graphs) == 1
     assert not captured.captured
+    assert step.infobatch.recorded == 2 * WARM_UP * 16
     assert_same(everything(eager), everything(step))
     fatal = GraphStep(step)
     fatal(*make_batch(0), 0.01, 0.9)  # its shape had its warm-up
