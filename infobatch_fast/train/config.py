@@ -30,7 +30,7 @@ class Config:
     """Train a CIFAR ResNet with InfoBatch: lossless speed-up by dynamic data pruning.
 
     The default of every flag is its preset's: paper (the reported recipe) where there is a CUDA
-    device, quick (under two minutes on a CPU) where there is none. Exit codes: 0 done; 1 diverged;
+    device, quick (minutes on a CPU) where there is none. Exit codes: 0 done; 1 diverged;
     2 a mistake in the input, or no room on disk or GPU; 129, 130 or 143 stopped by a signal.
     --version prints the version.
 
