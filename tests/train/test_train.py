@@ -138,6 +138,20 @@ def test_evaluate_trains_nothing(finished: Path, tmp_path, capsys) -> None:
     assert "weights" in fails(capsys, "--evaluate", alone)  # and nothing of data
 
 
+def test_evaluation_is_in_fixed_batches_of_the_plain_network() -> None:
+    sizes: list[int] = []
+
+    class Model(torch.nn.Module):
+        def forward(self, images):
+            sizes.append(len(images))
+            return torch.nn.functional.one_hot(torch.zeros(len(images), dtype=torch.int64), 10)
+
+    data = make_synthetic(10, 2050, 10)
+    share = (data.test_labels == 0).double().mean().item()
+    assert loop.evaluate(Model(), data, "off") == pytest.approx(share)
+    assert sizes == [1000, 1000, 50]
+
+
 def test_kill_9_then_resume_is_bit_for_bit(finished: Path, tmp_path) -> None:
     folder, target = tmp_path / "killed", tmp_path / "killed/checkpoint.pt"
     process = spawn(*TINY, "--out", folder, "--checkpoint-every", 4)

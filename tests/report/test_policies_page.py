@@ -1,4 +1,4 @@
-"""The README's table of results is what the report says of the committed records."""
+"""The table of policies is what the report says of the committed records."""
 
 import re
 from pathlib import Path
@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PLACE = re.compile(r"<!-- python -m infobatch_fast.report (\S+) -->\n(.*?)<!-- end -->", re.S)
 
 
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="not in a checkout")
-def test_the_readme_holds_the_committed_records() -> None:
-    found = PLACE.findall((ROOT / "README.md").read_text())
+@pytest.mark.skipif(not (ROOT / "docs/policies.md").exists(), reason="not in a checkout")
+def test_the_policies_table_is_of_the_committed_records() -> None:
+    found = PLACE.findall((ROOT / "docs/policies.md").read_text())
     assert found
     for folder, text in found:
         [section] = sections(read([ROOT / folder]).runs)
