@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -240,7 +240,7 @@ def find(name: str) -> Policy:
         module, _, function = name.partition(":")
         sys.path.insert(0, "")  # as `python -m` has it: the user's folder
         try:
-            found = getattr(import_module(module), function)
+            found: Any = getattr(import_module(module), function)
         except Exception as error:  # whatever the user's module raises
             raise ValueError(f"policy {name} cannot be imported: {reason(error)}") from error
         finally:
