@@ -245,9 +245,12 @@ def find(name: str) -> Policy:
             raise ValueError(f"policy {name} cannot be imported: {reason(error)}") from error
         finally:
             sys.path.remove("")
-        if not callable(found) and not isinstance(found, Policy):
+        if isinstance(found, Policy):
+            return found
+        choose: Callable[[View], Choice] = found
+        if not callable(choose):
             raise ValueError(f"policy {name} must be a function of a View, got {found!r:.60}")
-        return found if isinstance(found, Policy) else Policy(found, "r")
+        return Policy(choose, "r")
     if name not in POLICIES:
         raise ValueError(unknown_name("policy", name, [*POLICIES, "module:function"]))
     if not isinstance(POLICIES[name], Policy):
