@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads once, when it is first imported
+
+# Where nohup started the tests, they and all that they start would be deaf to it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The tensors here are small: a second thread gains nothing, and stalls where cores are shared.
 torch.set_num_threads(1)
