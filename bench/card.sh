@@ -28,6 +28,11 @@ out=$(cd "$1" && pwd)
 shift
 all=(tests epochs forms overhead runs kernels loaders pack)
 [ $# -gt 0 ] && steps=("$@") || steps=("${all[@]}")
+for step in "${steps[@]}"; do
+  [[ " ${all[*]} chain " == *" $step "* ]] && continue
+  echo "error: STEP must be one of ${all[*]}, got $step" >&2
+  exit 2
+done
 cd "$root" || exit 2
 
 if [ -n "$small" ]; then
@@ -130,7 +135,6 @@ step() {
     loaders) timeout 570 "$python" bench/throughput.py "${quick[@]}" --models \
       --out "$(new loaders)" ;;
     pack) pack ;;
-    *) echo "error: STEP must be one of ${all[*]}, got $1" >&2; return 2 ;;
   esac
 }
 
