@@ -103,6 +103,7 @@ class FakeCuda:
             if self._capturing is None:
                 return advance(step, *arguments)
             assert not arguments[-1].enabled  # a timing event in a graph cannot be read
+            assert step.model.training  # its replays normalise as it does now
             infobatch = step.infobatch
             if infobatch is not None:  # the host's part of a step runs at the capture alone
                 infobatch.recorded += len(arguments[1])

@@ -114,6 +114,7 @@ def train(
         ledger.begin()
         for epoch in range(ledger.epoch, epochs):
             with ledger.spending("train"):
+                model.train()  # evaluation left it otherwise, and a capture would keep that
                 if isinstance(advance, GraphStep) and advance.pending:
                     with ledger.spending("startup"):
                         advance.capture()
@@ -132,7 +133,6 @@ def train(
                 bar.update(start)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
-                model.train()
                 with _watch(settings, device, settings.host_syncs) as watch:
                     batches = phases.each("wait", loader.epoch(plan, start))
                     for number, (images, labels, batch) in enumerate(batches, start + 1):

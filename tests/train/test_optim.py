@@ -49,7 +49,8 @@ def gradients(params: list[Any], step: int) -> list[Tensor]:
 
 def set_gradients(params: list[Any], step: int) -> None:
     for p, grad in zip(params, gradients(params, step), strict=True):
-        p.grad = grad
+        # A convolution's as autograd lays it out, which torch's fused optimizers insist on.
+        p.grad = torch.empty_like(p).copy_(grad) if p.dim() == 4 else grad
 
 
 def schedule(step: int) -> tuple[float, float]:
