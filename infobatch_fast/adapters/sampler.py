@@ -115,7 +115,8 @@ class Sampler(DistributedSampler):
 
     def __len__(self) -> int:
         plan = self.plan()
-        over = self.ended is plan and self.infobatch.recorded > 0 and self._set is None
+        # A loop that looks ahead sees the loader's end before the last batch has its losses.
+        over = self.ended is plan and self._done(plan) and self._set is None
         if over and plan.epoch + 1 < self.infobatch.num_epochs:
             plan = self._draw(plan.epoch + 1)
         return len(plan)

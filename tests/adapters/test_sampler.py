@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections import namedtuple
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -174,6 +175,29 @@ def test_a_peek_in_mid_epoch_is_told_what_it_does() -> None:
     infobatch.update(losses_of(y), batch)
     with pytest.warns(UserWarning, match="^epoch 0 is left after 8 of 103 samples, and the next"):
         iter(loader.sampler)
+
+
+def ahead(loader: Any) -> Iterator[Any]:
+    """One batch ahead, as a loader that moves the next to the device."""
+    held = None
+    for item in loader:
+        if held is not None:
+            yield held
+        held = item
+    yield held
+
+
+def test_a_loop_that_looks_ahead_may_ask_for_the_length_at_any_time() -> None:
+    infobatch = make()
+    loader, seen = infobatch.loader(Samples(), B), []
+    for epoch in range(EPOCHS):
+        length, order = len(loader), []
+        for (_, y), batch in ahead(loader):
+            assert len(loader) == length
+            infobatch.update(losses_of(y, epoch), batch)
+            order += batch.indices.tolist()
+        seen.append(order)
+    assert seen == expected()
 
 
 def test_set_epoch_wins() -> None:

@@ -1,0 +1,82 @@
+"""The examples run as they stand, on the data that is here."""
+
+import difflib
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PAIRS = ("timm_loop", "torchvision_loop")
+TINY = ["--epochs", "4", "--limit", "160", "--batch-size", "16", "--workers", "0"]
+pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="not in a checkout")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of each of the optimizer's steps."""
+    if not os.environ.get("INFOBATCH_DATA"):
+        pytest.importorskip("sklearn")
+        monkeypatch.delenv("INFOBATCH_DATA", raising=False)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    taken: list[float] = []
+    step = torch.optim.SGD.step
+
+    def counted(self: Any, *args: Any) -> Any:
+        taken.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    return taken
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pruning_changes_at_most_15_lines(name: str) -> None:
+    plain, pruned = (
+        (EXAMPLES / f"{name}{end}.py").read_text().splitlines() for end in ("", "_pruned")
+    )
+    changed = [line for line in difflib.unified_diff(plain, pruned, n=0) if line[1:].strip()]
+    changed = [line[0] for line in changed if not line.startswith(("+++", "---"))]
+    assert 0 < changed.count("+") <= 15
+    assert changed.count("-") <= 15
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pruned_loops_take_fewer_steps_on_the_same_schedule(name: str, steps: list[float]) -> None:
+    importlib.import_module(name).main(TINY)
+    plain = steps.copy()
+    steps.clear()
+    importlib.import_module(f"{name}_pruned").main(TINY)
+    assert len(plain) == 4 * 10
+    assert 2 * 10 + 2 * 5 <= len(steps) < len(plain)  # the first and the last epoch are full
+    assert steps[-1] == pytest.approx(plain[-1], rel=1e-6, abs=1e-3)
+    assert max(steps) == pytest.approx(max(plain), rel=0.05)
+
+
+def test_the_reference_loop_resumes_with_its_scores(
+    steps: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = importlib.import_module("torchvision_loop_pruned")
+    flags = [*TINY, "--output-dir", str(tmp_path)]
+    loop.main(flags)
+    whole = steps.copy()
+    steps.clear()
+    train, epochs = loop.train_one_epoch, []
+
+    def interrupted(*parts: Any) -> float:
+        epochs.append(parts[5])
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return train(*parts)
+
+    monkeypatch.setattr(loop, "train_one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.main(flags)
+    loop.main([*flags, "--resume", str(tmp_path / "checkpoint.pth")])
+    assert epochs == [0, 1, 2, 2, 3]
+    # Flips are not of a seed that the checkpoint has, so that the third epoch differs a little.
+    assert len(steps) == pytest.approx(len(whole), abs=2)
+    assert len(steps) < 4 * 10
