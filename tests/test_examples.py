@@ -25,9 +25,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     taken: list[float] = []
     step = torch.optim.SGD.step
 
-    def counted(self: Any, *args: Any) -> Any:
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         taken.append(self.param_groups[0]["lr"])
-        return step(self, *args)
+        return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.SGD, "step", counted)
     return taken
@@ -80,3 +80,17 @@ def test_the_reference_loop_resumes_with_its_scores(
     # Flips are not of a seed that the checkpoint has, so that the third epoch differs a little.
     assert len(steps) == pytest.approx(len(whole), abs=2)
     assert len(steps) < 4 * 10
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and of its own dependencies
+def test_lightning(steps: list[float], tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    example = importlib.import_module("lightning_cifar")
+    metrics = example.main([*TINY, "--out", str(tmp_path)])
+    assert {"loss", "accuracy"} <= metrics.keys()
+    assert 2 * 10 + 2 * 5 <= len(steps) < 4 * 10
+    assert steps[-1] < 0.02
+    (last,) = tmp_path.glob("last.ckpt")
+    trained = len(steps)
+    example.main([*TINY, "--out", str(tmp_path), "--resume", str(last)])
+    assert len(steps) == trained  # the run was complete

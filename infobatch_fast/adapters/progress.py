@@ -3,16 +3,19 @@
 import math
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import check_count
 
 
-class ProgressLR:
+class ProgressLR(LRScheduler):
     """Drives any torch scheduler by how far the run is, in the place of `scheduler.step()`.
 
     Pruned epochs have fewer steps, so that a scheduler stepped once a batch never reaches its end.
     Call `step()` where you called the scheduler's: it steps the scheduler as often as the progress
-    through the epochs asks, none, one or several times, and ends it at its last step.
+    through the epochs asks, none, one or several times, and ends it at its last step. Frameworks
+    that want one of torch's schedulers take it.
 
     Args:
         scheduler: made for `total_steps` steps, such as
@@ -31,21 +34,26 @@ class ProgressLR:
 
     def __init__(self, scheduler: Any, infobatch: InfoBatch, total_steps: int) -> None:
         check_count("total_steps", total_steps)
+        # The base class's own would count steps, and step the optimizer's rate itself.
         self.scheduler, self.infobatch, self.total_steps = scheduler, infobatch, int(total_steps)
-        self.taken = 0
+        self.optimizer, self.taken = scheduler.optimizer, 0
 
-    def step(self) -> None:
+    def step(self, epoch: int | None = None) -> None:
         """After the optimizer's step: bring the scheduler to where the run is."""
         due = math.floor(self.infobatch.progress * self.total_steps + 1e-9)
         while self.taken < due:
             self.taken += 1
             self.scheduler.step()
 
+    def get_last_lr(self) -> list[Any]:
+        """The scheduler's."""
+        return self.scheduler.get_last_lr()
+
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's, and how often it was stepped."""
         return {"taken": self.taken, "scheduler": self.scheduler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of `state_dict()`."""
-        self.taken = state["taken"]
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.taken = state_dict["taken"]
+        self.scheduler.load_state_dict(state_dict["scheduler"])

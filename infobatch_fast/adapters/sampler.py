@@ -116,7 +116,8 @@ class Sampler(DistributedSampler):
     def __len__(self) -> int:
         plan = self.plan()
         # A loop that looks ahead sees the loader's end before the last batch has its losses.
-        over = self.ended is plan and self._done(plan) and self._set is None
+        ended = self.ended is plan or self._last is None
+        over = ended and self._done(plan) and self._set is None
         if over and plan.epoch + 1 < self.infobatch.num_epochs:
             plan = self._draw(plan.epoch + 1)
         return len(plan)
@@ -202,10 +203,9 @@ class Loader(DataLoader):
         return self._until_the_end(super().__iter__())
 
     def _until_the_end(self, batches: Any) -> Iterator[Any]:
-        sampler: Any = self.sampler
-        plan = sampler.infobatch.plan
         yield from batches
-        sampler.ended = plan
+        sampler: Any = self.sampler
+        sampler.ended = sampler._last.plan
 
 
 def wrap(infobatch: InfoBatch, dataset: Any) -> PickedDataset:
