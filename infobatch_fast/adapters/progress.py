@@ -50,10 +50,11 @@ class ProgressLR(LRScheduler):
         return self.scheduler.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's, and how often it was stepped."""
-        return {"taken": self.taken, "scheduler": self.scheduler.state_dict()}
+        """The scheduler's, and how often it was stepped, of how many times."""
+        counts = {"taken": self.taken, "total_steps": self.total_steps}
+        return {**counts, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of `state_dict()`."""
-        self.taken = state_dict["taken"]
+        self.taken, self.total_steps = state_dict["taken"], state_dict["total_steps"]
         self.scheduler.load_state_dict(state_dict["scheduler"])

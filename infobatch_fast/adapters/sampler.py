@@ -152,7 +152,9 @@ class Sampler(DistributedSampler):
         plan = self.infobatch.plan
         epoch = self._set
         if epoch is None:
-            epoch = self.infobatch.next_epoch if plan is None else plan.epoch
+            # Of a run that was loaded complete it is the last, which is not to be trained on.
+            coming = min(self.infobatch.next_epoch, self.infobatch.num_epochs - 1)
+            epoch = coming if plan is None else plan.epoch
         return plan if plan is not None and plan.epoch == epoch else self._draw(epoch)
 
     def _draw(self, epoch: int) -> Plan:

@@ -31,10 +31,10 @@ pytestmark = [
 class Module(LightningModule):
     """Trains nothing; writes down what came."""
 
-    def __init__(self, infobatch: InfoBatch, total: int = 100) -> None:
+    def __init__(self, infobatch: InfoBatch) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.infobatch, self.total = infobatch, total
+        self.infobatch = infobatch
         self.epochs: dict[int, list[int]] = {}
         self.lengths: dict[int, Any] = {}
         self.validated: list[int] = []
@@ -58,8 +58,9 @@ class Module(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.1)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, self.total)
-        scheduler = ProgressLR(scheduler, self.infobatch, self.total)
+        total = int(self.trainer.estimated_stepping_batches)  # smaller in a pruned epoch
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total)
+        scheduler = ProgressLR(scheduler, self.infobatch, total)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
