@@ -1,6 +1,7 @@
 """The original package's three calls, on today's PyTorch: `InfoBatch`, `.sampler`, `.update`."""
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -45,8 +46,7 @@ class InfoBatch(Dataset):
     - `dataset[i]` is the sample, not a pair with its number. Samples of any type will do.
     - An epoch is a pass with updates: a peek, or a pass without, does not count as one. The
       original counts calls of `iter`, of which today's PyTorch makes one a batch.
-    - `len(loader)` before an epoch is that epoch's. (Asked after an epoch's last update it is the
-      next one's.)
+    - `len(loader)` before an epoch is that epoch's; with persistent workers once it has begun.
     - A kept well-learned sample weighs n/k, the exact ratio, not 1/(1 - prune_ratio), and at least
       one is kept. All weights are 1 once annealing begins, whatever num_epochs * delta is.
     - A sample not seen yet, or whose loss was not finite, has the score NaN, is kept, and takes no
@@ -189,17 +189,13 @@ class Sampler(sampler.Sampler):
 
     def __iter__(self) -> Iterator[Any]:
         self._check()
-        self._look_up()
+        asking = self._look_up()
         picks: Any = super().__iter__()
+        if asking is not None:
+            weakref.finalize(asking, self._let_go, picks).atexit = False
         self.updated = self._began = picks.position
         self._least, self._late, self._ahead = len(picks.plan), None, 0
         return (pick.number for pick in picks)
-
-    def __len__(self) -> int:
-        picks = self._last
-        if picks is not None and self._left(picks.plan) == 0:
-            self.ended = picks.plan
-        return super().__len__()
 
     def oldest(self, loss: Tensor) -> Batch:
         """The batch handed out longest ago of those without a loss."""
@@ -224,6 +220,11 @@ class Sampler(sampler.Sampler):
             elif self._late is None:
                 self._late = number
         return plan.batch(self.updated, self.updated + due)
+
+    def _let_go(self, picks: Any) -> None:
+        """A loop that lets go of its loader's iterator is over, if that had come to the end."""
+        if picks.position == len(picks.plan):
+            self.ended = picks.plan
 
     def _left(self, plan: Plan) -> int:
         """Samples that have no loss, but for the partial batch that `drop_last` drops."""
@@ -251,13 +252,16 @@ class Sampler(sampler.Sampler):
             where = f"from batch {self._late} on they were taken for other samples'"
         return f"{where}: {HINT}"
 
-    def _look_up(self) -> None:
-        """What loader asks for an epoch, of which torch tells a sampler nothing."""
+    def _look_up(self) -> Any:
+        """The loader's iterator that asks for an epoch, of which torch tells a sampler nothing."""
         frame = sys._getframe(2)
         while frame is not None:
             asking = frame.f_locals.get("self")
             if isinstance(asking, BatchSampler) and asking.sampler is self:
                 self.batch_size, self.drop_last = asking.batch_size, asking.drop_last
-            elif getattr(asking, "_in_order", True) is False:
+            elif hasattr(asking, "_sampler_iter"):
+                if getattr(asking, "_in_order", True):
+                    return asking
                 raise ValueError(f"in_order of the DataLoader must be True, got False: {HINT}")
             frame = frame.f_back
+        return None

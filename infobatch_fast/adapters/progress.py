@@ -34,13 +34,14 @@ class ProgressLR(LRScheduler):
 
     def __init__(self, scheduler: Any, infobatch: InfoBatch, total_steps: int) -> None:
         check_count("total_steps", total_steps)
-        # The base class's own would count steps, and step the optimizer's rate itself.
-        self.scheduler, self.infobatch, self.total_steps = scheduler, infobatch, int(total_steps)
-        self.optimizer, self.taken = scheduler.optimizer, 0
+        # The base class's own would count steps, and set rates. Nor is there an attribute
+        # `total_steps`: accelerate stops a scheduler that has one after so many calls.
+        self.scheduler, self.infobatch, self.total = scheduler, infobatch, int(total_steps)
+        self.optimizer, self.taken, self._step_count = scheduler.optimizer, 0, 0
 
     def step(self, epoch: int | None = None) -> None:
         """After the optimizer's step: bring the scheduler to where the run is."""
-        due = math.floor(self.infobatch.progress * self.total_steps + 1e-9)
+        due = math.floor(self.infobatch.progress * self.total + 1e-9)
         while self.taken < due:
             self.taken += 1
             self.scheduler.step()
@@ -51,10 +52,10 @@ class ProgressLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's, and how often it was stepped, of how many times."""
-        counts = {"taken": self.taken, "total_steps": self.total_steps}
+        counts = {"taken": self.taken, "total": self.total}
         return {**counts, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of `state_dict()`."""
-        self.taken, self.total_steps = state_dict["taken"], state_dict["total_steps"]
+        self.taken, self.total = state_dict["taken"], state_dict["total"]
         self.scheduler.load_state_dict(state_dict["scheduler"])

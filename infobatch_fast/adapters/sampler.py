@@ -149,12 +149,16 @@ class Sampler(DistributedSampler):
 
     def plan(self) -> Plan:
         """The epoch under way, or the one to come before any was drawn."""
-        plan = self.infobatch.plan
-        epoch = self._set
+        plan, epoch = self.infobatch.plan, self._set
+        least = self.infobatch.next_epoch if plan is None else plan.epoch
         if epoch is None:
             # Of a run that was loaded complete it is the last, which is not to be trained on.
-            coming = min(self.infobatch.next_epoch, self.infobatch.num_epochs - 1)
-            epoch = coming if plan is None else plan.epoch
+            epoch = min(least, self.infobatch.num_epochs - 1)
+        elif epoch < least:
+            raise ValueError(
+                f"epoch set must be at least {least}, got {epoch}: those before are over, as "
+                "infobatch.next_epoch says of a run that was resumed"
+            )
         return plan if plan is not None and plan.epoch == epoch else self._draw(epoch)
 
     def _draw(self, epoch: int) -> Plan:

@@ -33,14 +33,16 @@ def train(dataset: InfoBatch, loader: Any, epochs: range = range(EPOCHS)) -> lis
     seen = []
     for epoch in epochs:
         order, steps, length = [], 0, len(loader)
-        for steps, (_, y) in enumerate(loader, 1):  # noqa: B007
-            assert len(loader) == length
+        for steps, (_, y) in enumerate(loader, 1):
+            if steps == 1 and loader.persistent_workers:
+                length = len(loader)
             weights = dataset.weights  # after the first batch: the epoch's
             losses = losses_of(y, epoch)
             rescaled = dataset.update(losses)
             assert torch.equal(losses, losses_of(y, epoch))  # not in place
             assert torch.equal(rescaled, (losses * weights[y]).mean())
             order += y.tolist()
+            assert len(loader) == length
         assert length - dataset.infobatch.resume_at // B == steps
         assert len(set(order)) == len(order)
         assert torch.equal(dataset.scores[order], losses_of(torch.tensor(order), epoch))
@@ -172,7 +174,7 @@ def test_a_batch_skipped_is_found_though_workers_look_ahead() -> None:
 
 
 class OutOfOrder:
-    _in_order = False  # torch's name for it, see below
+    _in_order, _sampler_iter = False, None  # as torch names them
 
     def ask(self, batches: BatchSampler) -> None:
         next(iter(batches))
@@ -180,7 +182,10 @@ class OutOfOrder:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_batches_out_of_order_are_refused_or_bring_their_numbers() -> None:
-    assert iter(DataLoader(DATA, num_workers=1, in_order=False))._in_order is False  # type: ignore
+    data: Any = DATA
+    genuine: Any = iter(DataLoader(data, num_workers=1, in_order=False))
+    assert genuine._in_order is False
+    assert genuine._sampler_iter is not None
     dataset = make()
     with pytest.raises(ValueError, match=r"^in_order of the DataLoader must be True, got False"):
         OutOfOrder().ask(BatchSampler(dataset.sampler, B, False))

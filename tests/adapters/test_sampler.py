@@ -209,6 +209,9 @@ def test_set_epoch_wins() -> None:
         loader.sampler.set_epoch(epoch)
         orders += train(infobatch, loader, range(epoch, epoch + 1))
     assert orders == expected()
+    loader.sampler.set_epoch(EPOCHS - 2)
+    with pytest.raises(ValueError, match=r"^epoch set must be at least 5, got 4: those before are"):
+        len(loader)
 
 
 def test_accumulation_and_updates_after_the_epoch() -> None:
