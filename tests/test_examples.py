@@ -94,3 +94,15 @@ def test_lightning(steps: list[float], tmp_path: Path) -> None:
     trained = len(steps)
     example.main([*TINY, "--out", str(tmp_path), "--resume", str(last)])
     assert len(steps) == trained  # the run was complete
+
+
+def test_accelerate(steps: list[float], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    example = importlib.import_module("accelerate_cifar")
+    flags = [*TINY, "--out", str(tmp_path)]
+    assert 0 <= example.main(flags) <= 1
+    assert 2 * 10 + 2 * 5 <= len(steps) < 4 * 10
+    assert steps[-1] < 0.02
+    trained = len(steps)
+    example.main([*flags, "--resume", str(tmp_path)])
+    assert len(steps) == trained  # the run was complete
