@@ -21,8 +21,10 @@ from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.plan import Batch, Plan, check_count, per_sample
 from infobatch_fast.policies import SCORES, Choice, View, find, soft
 from infobatch_fast.pruning import Pruning
+from infobatch_fast.ranks import Share, compare, merge, place
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.utils.data import DataLoader
 
 STATE_VERSION = 3
@@ -44,11 +46,17 @@ class InfoBatch:
         num_epochs: length of the whole training, which annealing is counted from.
         seed: with the epoch, the one source of randomness; torch's global generators are neither
             read nor seeded.
-        device: where the scores live and the plans are drawn; None is CUDA where there is one.
+        device: where the scores live and the plans are drawn; None is CUDA where there is one, of
+            torchrun's processes each one's own.
         ratio, delta, policy, rescale, anneal, score, ratio_schedule, target_saving: see `Pruning`.
             A policy that remembers has its epochs drawn in their order. With a target, what an
             epoch cannot save falls to the later ones; see `most_saving`.
         protect: (N,) bool, samples that no epoch leaves out (a rare class, say); not in the state.
+        group: the data-parallel ranks among several processes of torch.distributed's; None is its
+            default group, if there is one when an epoch is drawn.
+
+    Of several processes each has an InfoBatch of its own, of equal arguments. All draw the same
+    plan and train on a share of it each; `merge` brings the scores together.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -78,15 +86,13 @@ class InfoBatch:
         ratio_schedule: str = "constant",
         target_saving: float | None = None,
         protect: Tensor | None = None,
+        group: "ProcessGroup | None" = None,
     ) -> None:
         check_count("num_samples", num_samples)
         check_count("num_epochs", num_epochs)
         self.pruning = Pruning(
             policy, ratio, delta, rescale, anneal, score, ratio_schedule, target_saving
         )
-        if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-            # Copies side by side would each prune by the losses of their own samples.
-            raise ValueError(f"WORLD_SIZE must be 1: several processes are not served, got {world}")
         self.num_samples, self.num_epochs, self.seed = (
             int(num_samples),
             int(num_epochs),
@@ -96,7 +102,7 @@ class InfoBatch:
         self._tail = Pruning(delta=delta).first_full_epoch(self.num_epochs)  # though not annealed
         self._policy = find(policy)
         if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = _default_device()
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
         self._protected: Tensor | None = None
         if protect is not None:
@@ -110,6 +116,11 @@ class InfoBatch:
         self.recorded = 0  # samples whose losses came since, as the host knows it
         self.resume_at = 0  # of these, how many a loaded state had
         self._told = False  # that one plan served several passes
+        self.group = group
+        self._share = Share()  # this process's, of an epoch
+        self._mine: Tensor | None = None  # (N,) bool, of several processes: recorded here
+        self._unmerged = False  # whether any was since the last merge
+        self._compared: Plan | None = None  # the last that all ranks are known to have
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -126,25 +137,28 @@ class InfoBatch:
             epoch: in [0, num_epochs).
             batch_size: B. Given, k is the count nearest to (1 - ratio) n that makes K a multiple of
                 B, where there is one; None keeps exactly max(1, round((1 - ratio) n)). The weight
-                n/k is exact either way.
+                n/k is exact either way. Of several processes it is each one's: K is a multiple of
+                B times their number, and the next epoch's plan is drawn by all (collective).
 
         Raises:
             TypeError, ValueError: epoch or batch_size is out of range, or the policy gave something
                 else than a `Choice` of (N,) tensors.
+            RuntimeError: several processes were started, and have no group yet.
         """
         epoch = operator.index(epoch)
         if not 0 <= epoch < self.num_epochs:
             raise ValueError(f"epoch must be in [0, {self.num_epochs}), got {epoch}")
-        if batch_size is not None:
-            check_count("batch_size", batch_size)
+        world = self.share(batch_size).world
+        whole = None if batch_size is None else batch_size * world
         if epoch == self._epoch and self.plan is not None and self.recorded:
             return self.plan
         if epoch != self._epoch:
+            self.merge()
             self._past, self._epoch = self._after, epoch
         budget = self._budget(epoch)
         self.asked = budget.number or 0.0
         if budget.prunes and self.pruning.policy != "none":
-            plan, memory = self._draw(epoch, budget, batch_size)
+            plan, memory = self._draw(epoch, budget, whole)
         else:
             plan, memory = self._draw_all(epoch), self._past.memory
         last = plan.indices if self._policy.memory else None
@@ -324,36 +338,86 @@ class InfoBatch:
             before = self.scores.index_select(0, indices)
             losses = SCORES[self.pruning.score](before, losses)
         operation(self.scores, indices, losses.contiguous(), found_inf)
-        self.recorded += indices.numel()
+        if self._mine is not None:
+            self._mine.index_fill_(0, indices, True)
+            self._unmerged = True
+        end, new = 0 if self.plan is None else len(self.plan), indices.numel()
+        own = (self.recorded - self.resume_at) // self._share.world + new
+        self.recorded = self.resume_at + self._share.reached(end - self.resume_at, own)
+
+    def share(self, batch_size: int | None) -> Share:
+        """What is this process's of an epoch in batches of B: all of it where there is one.
+
+        Raises:
+            ValueError: there are several, and batch_size is None.
+            RuntimeError: they have no group yet.
+        """
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        rank, world = place(self.group)
+        if world > 1 and batch_size is None:
+            raise ValueError(f"batch_size must be given where {world} processes share an epoch")
+        if world > 1 and self._mine is None:
+            self._mine = torch.zeros_like(self.scores, dtype=torch.bool)
+        self._share = Share(rank, world, batch_size or 1)
+        return self._share
+
+    def merge(self) -> None:
+        """Bring the scores of several processes together: each then has what any recorded.
+
+        Collective: call it on every rank. A `loader` calls it at its end, and drawing the next
+        epoch does; before a `state_dict()` in the middle of one it is yours to call. Nothing is
+        sent where nothing was recorded since the last.
+        """
+        if self._mine is not None and self._unmerged:
+            merge(self.scores, self._mine, self.group)
+            self._mine.zero_()
+            self._unmerged = False
+
+    def compare(self) -> None:
+        """Whether all processes have drawn the same plan. Collective, once a plan.
+
+        Raises:
+            RuntimeError: they have not; the message names the epoch and the ranks.
+        """
+        if self.plan is not None and self.plan is not self._compared and self._share.world > 1:
+            compare(self.plan, self._share.batch_size, self.group)
+            self._compared = self.plan
 
     def loader(
         self,
         dataset: Any,
         batch_size: int,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        *,
+        shard: bool = True,
         **arguments: Any,
     ) -> "DataLoader":
         """A torch DataLoader of the epochs, one after the other: `for data, batch in loader`.
 
         Args:
             dataset: any map-style one, of N samples.
-            batch_size: B; pruned epochs are of whole batches.
+            batch_size: B, of each process; pruned epochs are of whole batches.
             collate_fn: the user's, of a list of samples; None is torch's.
+            shard: whether each of several processes gets its own batches alone; False for what
+                shares them out itself, as accelerate's `prepare` does.
             arguments: further ones of the DataLoader (num_workers, pin_memory, ...).
 
         Raises:
             TypeError, ValueError: the data set has no length or another one, or an argument is
                 given that the InfoBatch decides (shuffle, sampler, batch_sampler).
         """
-        return _adapter().loader(self, dataset, batch_size, collate_fn, **arguments)
+        return _adapter().loader(self, dataset, batch_size, collate_fn, shard, **arguments)
 
     def wrap(self, dataset: Any) -> Any:
         """The data set for a DataLoader built by hand: it takes picks of `sampler()`."""
         return _adapter().wrap(self, dataset)
 
-    def sampler(self, batch_size: int | None = None, drop_last: bool = False) -> Any:
+    def sampler(
+        self, batch_size: int | None = None, drop_last: bool = False, shard: bool = True
+    ) -> Any:
         """The sampler for a DataLoader built by hand, see `adapters.sampler.Sampler`."""
-        return _adapter().Sampler(self, batch_size, drop_last)
+        return _adapter().Sampler(self, batch_size, drop_last, shard)
 
     def collate(self, collate_fn: Callable[[list[Any]], Any] | None = None) -> Any:
         """The collate function for a DataLoader built by hand: gives `(data, Batch)`."""
@@ -361,6 +425,8 @@ class InfoBatch:
 
     def check(self, loader: Any) -> str:
         """One dry pass over a loader: indices once each, weights of the plan, lengths that fit.
+
+        Of several processes it says whether they agree, too: call it on all.
 
         Returns what was found, in a line; raises ValueError with what does not hold.
         """
@@ -374,7 +440,15 @@ class InfoBatch:
         """The scores (a copy), the epoch under way, what the policy remembers, and the settings.
 
         It is loadable with weights_only.
+
+        Raises:
+            RuntimeError: of several processes, this one has recorded since the last merge.
         """
+        if self._unmerged:
+            raise RuntimeError(
+                "merge() must be called on every rank before state_dict(), got scores of "
+                f"{self._share.world} ranks that are not merged"
+            )
         plan = self.plan if self.plan is not None and self.next_epoch == self._epoch else None
         return {
             "version": STATE_VERSION,
@@ -411,12 +485,22 @@ class InfoBatch:
         self._epoch, self._past, self._after = epoch, past, after
         self.plan, self.recorded = plan, recorded
         self.resume_at = 0 if plan is None else recorded
+        if self._mine is not None:
+            self._mine.zero_()
+        self._unmerged = False
 
 
 def _adapter() -> Any:
     from infobatch_fast.adapters import sampler  # torch's loaders, where they are asked for
 
     return sampler
+
+
+def _default_device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    local = int(os.environ.get("LOCAL_RANK", -1))  # the current device may be set only later
+    return f"cuda:{local}" if 0 <= local < torch.cuda.device_count() else "cuda"
 
 
 def _past_of(saved: Mapping[str, Any], device: torch.device) -> _Past:

@@ -470,12 +470,6 @@ def test_a_batch_of_one_may_be_squeezed() -> None:
     assert per_sample(torch.tensor(2.0), 1).shape == (1,)
 
 
-def test_several_processes_are_refused(monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"^WORLD_SIZE must be 1: .* got 4$"):
-        make(10)
-
-
 @pytest.mark.gpu
 def test_no_sync_in_update_and_one_an_epoch_on_cuda() -> None:
     infobatch = InfoBatch(50_000, 8, delta=0.5)

@@ -52,7 +52,8 @@ class InfoBatchCallback(Callback):
                     sampler.set_epoch(following)
 
     def state_dict(self) -> dict[str, Any]:
-        """The InfoBatch's."""
+        """The InfoBatch's; Lightning asks for it on every rank."""
+        self.infobatch.merge()
         return self.infobatch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -181,8 +181,7 @@ class Sampler(sampler.Sampler):
 
     def __init__(self, infobatch: infobatch.InfoBatch) -> None:
         super().__init__(infobatch)
-        self.updated = 0  # samples of the pass under way, from the epoch's beginning
-        self._began = 0  # where the pass began: not at 0 after a loaded state
+        self.updated = 0  # samples of the pass under way
         self._least = 0  # samples waiting at an update, at the fewest
         self._late: int | None = None  # the batch from which on more were always waiting
         self._ahead = 0  # the batch at whose update the loader had come to the epoch's end
@@ -193,27 +192,31 @@ class Sampler(sampler.Sampler):
         picks: Any = super().__iter__()
         if asking is not None:
             weakref.finalize(asking, self._let_go, picks).atexit = False
-        self.updated = self._began = picks.position
+        self.updated = 0
         self._least, self._late, self._ahead = len(picks.plan), None, 0
         return (pick.number for pick in picks)
+
+    def __len__(self) -> int:
+        self._look_up()
+        return super().__len__()
 
     def oldest(self, loss: Tensor) -> Batch:
         """The batch handed out longest ago of those without a loss."""
         picks, size = self._last, self.batch_size
-        waiting = 0 if picks is None else picks.position - self.updated
+        waiting = 0 if picks is None else picks.given - self.updated
         if picks is None or size is None or waiting <= 0:
             raise ValueError(
                 "loss must be of a batch that a DataLoader with dataset.sampler gave, "
                 f"got one more than it gave: {HINT}"
             )
-        plan, number = picks.plan, self.updated // size
+        plan, number = picks.part, self.updated // size
         due = min(size, len(plan) - self.updated)
         if isinstance(loss, Tensor) and loss.dim() and len(loss) != due:
             raise ValueError(
                 f"loss must hold the {due} values of batch {number} of epoch {plan.epoch}, the "
                 f"oldest without a loss, got {len(loss)}; {self._where(plan, size)}"
             )
-        if picks.position < len(plan):
+        if picks.given < len(plan):
             self._ahead = number + 1
             if waiting <= self._least:
                 self._least, self._late = waiting, None
@@ -223,7 +226,7 @@ class Sampler(sampler.Sampler):
 
     def _let_go(self, picks: Any) -> None:
         """A loop that lets go of its loader's iterator is over, if that had come to the end."""
-        if picks.position == len(picks.plan):
+        if picks.given == len(picks.part):
             self.ended = picks.plan
 
     def _left(self, plan: Plan) -> int:
@@ -234,10 +237,10 @@ class Sampler(sampler.Sampler):
     def _check(self) -> None:
         """Whether all batches that the pass before handed out have got their losses."""
         picks, size = self._last, self.batch_size
-        if picks is None or size is None or self.updated == self._began:
+        if picks is None or size is None or not self.updated:
             return  # nothing was, or it was a look
-        plan = picks.plan
-        if picks.position == len(plan) and self._left(plan):  # else told by `super().__iter__`
+        plan = picks.part
+        if picks.given == len(plan) and self._left(plan):  # else told by `super().__iter__`
             raise ValueError(
                 f"loss of epoch {plan.epoch} must come for its {len(plan)} samples, "
                 f"got {self.updated}; {self._where(plan, size)}"

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch, Plan, check_count
+from infobatch_fast.ranks import Share, gathered, summed
 
 CHUNK = 65_536  # picks brought to the host at once: the whole list of 1e9 would not fit
 
@@ -91,18 +92,28 @@ class Sampler(DistributedSampler):
     one; in a DataLoader built by hand, once the next has begun. (A `DistributedSampler`, because
     Lightning and Ray put one of their own in the place of others.)
 
+    Of several processes each gets its own share, equally many batches of it: go through it on all.
+    Before an epoch's first batch they compare their plans.
+
     Args:
         infobatch: whose plans they are.
         batch_size: B, of the DataLoader: pruned epochs are then of whole batches.
         drop_last: of the DataLoader.
+        shard: False gives every process the whole epoch, for what shares batches out by itself,
+            the r-th of every W to rank r.
     """
 
     def __init__(
-        self, infobatch: InfoBatch, batch_size: int | None = None, drop_last: bool = False
+        self,
+        infobatch: InfoBatch,
+        batch_size: int | None = None,
+        drop_last: bool = False,
+        shard: bool = True,
     ) -> None:
         numbers: Any = range(infobatch.num_samples)
         super().__init__(numbers, num_replicas=1, rank=0)
         self.infobatch, self.batch_size, self.drop_last = infobatch, batch_size, drop_last
+        self.shard = shard
         self._set: int | None = None  # the epoch that was asked for, until it is iterated over
         self._last: _Picks | None = None
         self._recorded = 0  # samples recorded when that began
@@ -120,7 +131,7 @@ class Sampler(DistributedSampler):
         over = ended and self._done(plan) and self._set is None
         if over and plan.epoch + 1 < self.infobatch.num_epochs:
             plan = self._draw(plan.epoch + 1)
-        return len(plan)
+        return self.share().own(len(plan), self.drop_last)
 
     def __iter__(self) -> Iterator[Pick]:
         plan, last = self.plan(), self._last
@@ -137,15 +148,22 @@ class Sampler(DistributedSampler):
                     stacklevel=2,
                 )
             plan = self._draw(plan.epoch + 1)
-        elif again and last is not None and last.position == len(plan) and not plan.epoch:
+        elif again and last is not None and last.given == len(last.part) and not plan.epoch:
             warnings.warn(
                 "the first epoch is given again, as update() was not called since it was drawn: "
                 "without it no sample gets a score, and nothing is pruned",
                 stacklevel=2,
             )
         self._set, self.epoch, self._recorded = None, plan.epoch, self.infobatch.recorded
-        self._last = _Picks(plan, self.infobatch.resume_at)
+        share = self.share()
+        self.infobatch.compare()
+        self._last = _Picks(plan, share, self.infobatch.resume_at, self.drop_last)
         return self._last
+
+    def share(self) -> Share:
+        """What the sampler gives of a plan."""
+        share = self.infobatch.share(self.batch_size)
+        return share if self.shard else Share()
 
     def plan(self) -> Plan:
         """The epoch under way, or the one to come before any was drawn."""
@@ -166,32 +184,37 @@ class Sampler(DistributedSampler):
 
     def _done(self, plan: Plan) -> bool:
         """Whether all of it was trained on, but for the partial batch that `drop_last` drops."""
-        least = self.batch_size if self.drop_last and self.batch_size else 1
+        least = 1
+        if self.drop_last and self.batch_size:
+            least = self.batch_size * self.infobatch.share(self.batch_size).world
         return len(plan) - self.infobatch.recorded < least
 
 
 class _Picks(Iterator[Pick]):
     """A plan's picks from a position on; what it says of itself resumes a stateful loader."""
 
-    def __init__(self, plan: Plan, position: int) -> None:
-        self.plan, self.position = plan, position
+    def __init__(self, plan: Plan, share: Share, start: int, drop_last: bool) -> None:
+        self.plan, self.share, self.start = plan, share, start
+        self.part = share.of(plan, start, drop_last)
+        self.given = 0  # of the part
         self._chunk: list[Pick] = []
-        self._ends = position  # of the chunk
+        self._ends = 0  # of the chunk
 
     def __next__(self) -> Pick:
-        if self.position >= self._ends:
-            if self.position >= len(self.plan):
+        if self.given >= self._ends:
+            if self.given >= len(self.part):
                 raise StopIteration
-            self._ends = min(self.position + CHUNK, len(self.plan))
-            part = self.plan.batch(self.position, self._ends)
+            self._ends = min(self.given + CHUNK, len(self.part))
+            batch = self.part.batch(self.given, self._ends)
             # The host needs the indices to fetch by: it waits for them, once a chunk.
-            pairs = zip(part.indices.tolist(), part.weights.tolist(), strict=True)
+            pairs = zip(batch.indices.tolist(), batch.weights.tolist(), strict=True)
             self._chunk = [Pick(*pair) for pair in pairs][::-1]
-        self.position += 1
+        self.given += 1
         return self._chunk.pop()
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.plan.epoch, "position": self.position}
+        reached = self.share.reached(len(self.plan) - self.start, self.given)
+        return {"epoch": self.plan.epoch, "position": self.start + reached}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         if state["epoch"] != self.plan.epoch:
@@ -199,7 +222,10 @@ class _Picks(Iterator[Pick]):
                 f"epoch of the loader's state must be that of the InfoBatch's, {self.plan.epoch}, "
                 f"got {state['epoch']}: load the InfoBatch's first"
             )
-        self.position = self._ends = state["position"]
+        reached = state["position"]
+        over = reached == len(self.plan)
+        self.given = len(self.part) if over else (reached - self.start) // self.share.world
+        self._ends = self.given
 
 
 class Loader(DataLoader):
@@ -212,6 +238,7 @@ class Loader(DataLoader):
         yield from batches
         sampler: Any = self.sampler
         sampler.ended = sampler._last.plan
+        sampler.infobatch.merge()
 
 
 def wrap(infobatch: InfoBatch, dataset: Any) -> PickedDataset:
@@ -231,6 +258,7 @@ def loader(
     dataset: Any,
     batch_size: int,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    shard: bool = True,
     **arguments: Any,
 ) -> DataLoader:
     """See `InfoBatch.loader`."""
@@ -241,7 +269,7 @@ def loader(
     return Loader(
         wrap(infobatch, dataset),
         batch_size,
-        sampler=Sampler(infobatch, batch_size, arguments.get("drop_last", False)),
+        sampler=Sampler(infobatch, batch_size, arguments.get("drop_last", False), shard),
         collate_fn=Collate(collate_fn or default_collate),
         **arguments,
     )
@@ -271,10 +299,18 @@ def check(infobatch: InfoBatch, loader: Any) -> str:
             raise ValueError(f"weights of batch {count} are not those of the plan")
         count += 1
     sampler._last = sampler.ended = None  # nothing was trained on, and nothing is missed
+    share = sampler.share()
+    if share.world > 1:
+        times = summed(times, infobatch.group)
+        counts = gathered(torch.tensor(count), infobatch.group)
+        if len(set(counts)) > 1:
+            raise ValueError(f"batches of all ranks must be equally many, got {counts}")
     if times.max() > 1:
         raise ValueError(f"sample {int(times.argmax())} must come once, got {int(times.max())}")
     size = sampler.batch_size or getattr(loader, "batch_size", None) or 1
-    length -= infobatch.resume_at // size  # trained on before a state was saved
+    length -= infobatch.resume_at // (size * share.world)  # trained on before a state was saved
     if count != length:
         raise ValueError(f"len of the loader must be the {count} batches that came, got {length}")
-    return f"{int(times.sum())} of {infobatch.num_samples} samples, each once, in {count} batches"
+    where = f" on each of {share.world} ranks, of one plan" if share.world > 1 else ""
+    number = int(times.sum())
+    return f"{number} of {infobatch.num_samples} samples, each once, in {count} batches{where}"
