@@ -5,12 +5,13 @@ The sampler yields a `Pick`, index and weight; the outermost data set unpacks it
 can mispair a sample and its weight.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, default_collate
 
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch, Plan, check_count
@@ -156,6 +157,8 @@ class Sampler(DistributedSampler):
             )
         self._set, self.epoch, self._recorded = None, plan.epoch, self.infobatch.recorded
         share = self.share()
+        if share.world > 1:
+            _shared_once()
         self.infobatch.compare()
         self._last = _Picks(plan, share, self.infobatch.resume_at, self.drop_last)
         return self._last
@@ -188,6 +191,16 @@ class Sampler(DistributedSampler):
         if self.drop_last and self.batch_size:
             least = self.batch_size * self.infobatch.share(self.batch_size).world
         return len(plan) - self.infobatch.recorded < least
+
+
+def _shared_once() -> None:
+    """Raise ValueError where accelerate shares out what is a share: half would go untrained."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        asking: Any = frame.f_locals.get("self")
+        if isinstance(asking, BatchSampler) and getattr(asking, "num_processes", 1) > 1:
+            raise ValueError("shard must be False where accelerate shares batches out, got True")
+        frame = frame.f_back
 
 
 class _Picks(Iterator[Pick]):

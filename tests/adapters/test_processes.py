@@ -173,6 +173,33 @@ def test_batches_that_are_shared_out_elsewhere(ranks: Ranks) -> None:
         assert a == pytest.approx(b, abs=0, nan_ok=True)
 
 
+def prepared(group: Any, shard: bool) -> list[float]:
+    """What accelerate's `prepare` makes of a loader; it fills the last batches by repeating."""
+    from accelerate.data_loader import prepare_data_loader
+
+    rank, world = place(group)
+    infobatch = make(group=group)
+    loader: Any = infobatch.loader(Samples(), GLOBAL // world, shard=shard)
+    loader = prepare_data_loader(loader, num_processes=world, process_index=rank)
+    for epoch in range(EPOCHS):
+        loader.set_epoch(epoch)
+        assert infobatch.progress == epoch / EPOCHS
+        for _, batch in loader:
+            infobatch.update(losses_of(batch.indices, epoch), batch)
+    infobatch.merge()
+    return infobatch.scores.tolist()
+
+
+def test_what_accelerate_shares_out(ranks: Ranks) -> None:
+    pytest.importorskip("accelerate")
+    scores = losses_of(torch.arange(N), EPOCHS - 1).tolist()
+    assert ranks.run(2, prepared, False) == [scores] * 2
+    assert (
+        ranks.run(2, prepared, True, fails=True)
+        == ["ValueError: shard must be False where accelerate shares batches out, got True"] * 2
+    )
+
+
 def stop(group: Any, policy: str, steps: int) -> dict[str, Any]:
     """The state after so many steps of epoch 2."""
     infobatch = make(policy=policy, group=group)
