@@ -27,10 +27,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(0)
 
-    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate)
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=args.accumulate)
     train, test = load(args.limit)
     infobatch = InfoBatch(len(train), args.epochs, ratio=0.5)
-    loader = infobatch.loader(train, args.batch_size, num_workers=args.workers)
+    arguments = {"num_workers": args.workers, "shard": False}
+    loader = infobatch.loader(train, args.batch_size, **arguments)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=5e-4)
     total = args.epochs * len(loader)
@@ -61,7 +63,8 @@ def main(argv=None):
                 right.append(accelerator.gather_for_metrics(model(x).argmax(1) == y))
         accuracy = torch.cat(right).float().mean().item()
         accelerator.print(f"epoch {epoch + 1}: {len(loader)} steps, accuracy {accuracy:.2%}")
-        if args.out:
+        if args.out:  # the scores of all processes go into it
+            infobatch.merge()
             accelerator.save_state(args.out)
     return accuracy
 

@@ -49,6 +49,7 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2)
+    parser.add_argument("--devices", default="auto", help="how many; several train together")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--limit", type=int, help="train on so many images")
     parser.add_argument("--out", default="runs/lightning")
@@ -63,6 +64,7 @@ def main(argv=None):
         max_epochs=args.epochs,
         callbacks=[InfoBatchCallback(infobatch), ModelCheckpoint(args.out, save_last=True)],
         default_root_dir=args.out,
+        devices=args.devices,
     )
     model = Classifier(infobatch, args.lr)
     trainer.fit(model, loader, DataLoader(test, 500), ckpt_path=args.resume)

@@ -42,6 +42,13 @@ class InfoBatchCallback(Callback):
         # Lightning takes the last epoch's end for the middle of one, as if all were equally long.
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resumed after a validation, Lightning takes an epoch up that has no batches left."""
+        if self.infobatch.next_epoch > trainer.current_epoch:
+            loop = trainer.fit_loop
+            loop.max_batches = loop.epoch_loop.batch_progress.current.ready
+            trainer.val_check_batch = loop.max_batches
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loader's length is asked for before the next epoch is set: it is that one's."""
         following = trainer.current_epoch + 1

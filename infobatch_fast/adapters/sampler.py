@@ -87,8 +87,9 @@ class Sampler(DistributedSampler):
     """The epochs of an `InfoBatch`, one after the other, as picks.
 
     A plan is drawn at the first `len()` or `iter()` of its epoch, and stays. Which epoch that is
-    `set_epoch` says. Without it an `iter()` begins the next one where `update` was called since the
-    last, and gives the same one again where it was not, as after a peek. A loaded state's epoch
+    `set_epoch` says, unless that one is over, as for what counts from 0 again after a resumption.
+    Without it an `iter()` begins the next one where `update` was called since the last, and gives
+    the same one again where it was not, as after a peek. A loaded state's epoch
     goes on with what was not trained on yet. `len()` is of the next epoch once a `Loader` has ended
     one; in a DataLoader built by hand, once the next has begun. (A `DistributedSampler`, because
     Lightning and Ray put one of their own in the place of others.)
@@ -129,7 +130,7 @@ class Sampler(DistributedSampler):
         plan = self.plan()
         # A loop that looks ahead sees the loader's end before the last batch has its losses.
         ended = self.ended is plan or self._last is None
-        over = ended and self._done(plan) and self._set is None
+        over = ended and self._done(plan) and self._asked() is None
         if over and plan.epoch + 1 < self.infobatch.num_epochs:
             plan = self._draw(plan.epoch + 1)
         return self.share().own(len(plan), self.drop_last)
@@ -137,7 +138,7 @@ class Sampler(DistributedSampler):
     def __iter__(self) -> Iterator[Pick]:
         plan, last = self.plan(), self._last
         again = last is not None and last.plan is plan
-        if self._set is None and (
+        if self._asked() is None and (
             self._done(plan) or (again and self.infobatch.recorded > self._recorded)
         ):
             if not self._done(plan) and self.ended is not plan and not self._told:
@@ -170,17 +171,18 @@ class Sampler(DistributedSampler):
 
     def plan(self) -> Plan:
         """The epoch under way, or the one to come before any was drawn."""
-        plan, epoch = self.infobatch.plan, self._set
-        least = self.infobatch.next_epoch if plan is None else plan.epoch
+        plan, epoch = self.infobatch.plan, self._asked()
         if epoch is None:
             # Of a run that was loaded complete it is the last, which is not to be trained on.
-            epoch = min(least, self.infobatch.num_epochs - 1)
-        elif epoch < least:
-            raise ValueError(
-                f"epoch set must be at least {least}, got {epoch}: those before are over, as "
-                "infobatch.next_epoch says of a run that was resumed"
-            )
+            coming = min(self.infobatch.next_epoch, self.infobatch.num_epochs - 1)
+            epoch = coming if plan is None else plan.epoch
         return plan if plan is not None and plan.epoch == epoch else self._draw(epoch)
+
+    def _asked(self) -> int | None:
+        """The epoch that was set, if it is not over."""
+        plan = self.infobatch.plan
+        least = self.infobatch.next_epoch if plan is None else plan.epoch + self._done(plan)
+        return self._set if self._set is not None and self._set >= least else None
 
     def _draw(self, epoch: int) -> Plan:
         return self.infobatch.sample(epoch, self.batch_size)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_sampler import EPOCHS, B, Samples, expected, losses_of, make, numbers
+from two import both
 
 from infobatch_fast import ProgressLR
 
@@ -33,18 +34,21 @@ class Run:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         onecycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=100)
         scheduler = ProgressLR(onecycle, self.infobatch, 100)
-        kwargs = {"dataset": Samples(), "batch_size": B, **kwargs}
+        self.size = B // self.accelerator.num_processes
+        kwargs = {"dataset": Samples(), "batch_size": self.size, "shard": False, **kwargs}
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, self.infobatch.loader(**kwargs), scheduler
         )
         self.accelerator.register_for_checkpointing(self.infobatch)
         self.rates: list[float] = []
 
-    def train(self, stop: tuple[int, int] = (EPOCHS, 0)) -> list[list[int]]:
+    def train(self, stop: tuple[int, int] = (EPOCHS, 0), told: bool = True) -> list[list[int]]:
         """The samples of each epoch, up to a batch of one."""
         seen: list[list[int]] = []
         for epoch in range(self.infobatch.next_epoch, EPOCHS):
-            self.loader.set_epoch(epoch)
+            if told:  # else accelerate counts the passes, from 0
+                self.loader.set_epoch(epoch)
+            next(iter(self.loader))  # a peek
             length, number = len(self.loader), self.infobatch.resume_at // B
             seen.append([])
             for number, (data, batch) in enumerate(self.loader, 1 + number):  # noqa: B020
@@ -60,7 +64,10 @@ class Run:
                 self.rates.append(self.scheduler.get_last_lr()[0])
                 assert self.accelerator.gradient_state.end_of_dataloader == (number == length)
                 if (epoch, number) == stop:
-                    return seen
+                    break
+            self.infobatch.merge()
+            if (epoch, number) == stop:
+                break
             assert number == length
         return seen
 
@@ -83,8 +90,11 @@ def test_no_gradient_is_left_when_an_epoch_ends() -> None:
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-@pytest.mark.parametrize("stop", [(0, 13), (1, 1), (2, 6), (3, 2)])
-def test_a_run_goes_on_from_a_saved_state(stop: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("stop", [(0, 13), (1, 1), (2, 6)])
+def test_a_run_goes_on_from_a_saved_state(
+    stop: tuple[int, int], told: bool, tmp_path: Path
+) -> None:
     orders = expected()
     run = Run()
     run.train(stop)
@@ -92,14 +102,29 @@ def test_a_run_goes_on_from_a_saved_state(stop: tuple[int, int], tmp_path: Path)
     again = Run()
     again.accelerator.load_state(str(tmp_path))
     epoch, number = (stop[0] + 1, 0) if stop == (0, 13) else stop
-    assert again.train() == [orders[epoch][number * B :], *orders[epoch + 1 :]]
+    assert again.train(told=told) == [orders[epoch][number * B :], *orders[epoch + 1 :]]
     assert again.rates[-1] < 0.01
 
 
-def test_a_resumed_run_that_counts_from_0_is_told() -> None:
-    run = Run()
-    run.train((2, 6))
-    again = Run()
-    again.infobatch.load_state_dict(run.infobatch.state_dict())
-    with pytest.raises(ValueError, match=r"^epoch set must be at least 2, got 0: those before"):
-        next(iter(again.loader))
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_two_processes_train_as_one_does(form: str, tmp_path: Path) -> None:
+    """But for the samples that accelerate repeats to fill a full epoch's last batch."""
+
+    def work() -> Any:
+        run = Run(dataset=Samples(form))
+        first = run.train((3, 4))
+        run.accelerator.save_state(str(tmp_path))
+        again = Run(dataset=Samples(form))
+        again.accelerator.load_state(str(tmp_path))
+        rest = again.train()
+        return [*first[:3], first[3] + rest[0], *rest[1:]], again.infobatch.scores
+
+    orders = expected()
+    (one, scores), (other, same) = both(work, tmp_path)
+    assert torch.equal(scores, same)
+    for parts, order in zip(zip(one, other, strict=True), orders, strict=True):
+        steps = zip(*(torch.tensor(part).split(B // 2) for part in parts), strict=True)
+        got = torch.cat([torch.cat(step) for step in steps]).tolist()
+        assert got[: len(order)] == order
+        assert got[len(order) :] == order[: len(got) - len(order)]
+        assert len(got) == -(-len(order) // B) * B

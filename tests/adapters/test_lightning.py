@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_sampler import EPOCHS, B, N, Samples, expected, losses_of, make, numbers
 from torch.utils.data import DataLoader
+from two import both
 
 from infobatch_fast import InfoBatch, ProgressLR
 
@@ -116,9 +117,7 @@ VALIDATED = {"save_on_train_epoch_end": False, "filename": "{epoch}"}
         *((STEPS, f"step={step}", 0, step) for step in (2, 12)),
         (STEPS, "step=13", 1, 0),  # before the first epoch's end is seen to
         *((STEPS, f"step={13 + step}", 1, step) for step in (1, 6)),
-        (EPOCH, "epoch=1", 2, 0),
-        (VALIDATED, "epoch=1", 2, 0),
-        (EPOCH, "epoch=3", 4, 0),  # the next is full, and longer
+        *((when, f"epoch={e}", e + 1, 0) for when in (EPOCH, VALIDATED) for e in (0, 1, 3)),
     ],
 )
 def test_a_run_goes_on_from_any_checkpoint(
@@ -138,6 +137,48 @@ def test_a_run_goes_on_from_any_checkpoint(
     assert module.validated == list(range(epoch, EPOCHS))
     assert module.lengths == {e: -(-len(orders[e]) // B) for e in rest}
     assert module.rates[-1] < 0.01
+
+
+def together(parts: list[list[int]]) -> list[int]:
+    """An epoch's order from those of two ranks, of batches of B / 2."""
+    steps = zip(*(torch.tensor(part).split(B // 2) for part in parts), strict=True)
+    return torch.cat([torch.cat(step) for step in steps]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("when", "name", "epoch", "done"),
+    [(STEPS, "step=16", 1, 3), (EPOCH, "epoch=1", 2, 0), (VALIDATED, "epoch=3", 4, 0)],
+)
+def test_two_processes_train_as_one_does(
+    when: Any, name: str, epoch: int, done: int, tmp_path: Path
+) -> None:
+    """And go on together from a checkpoint."""
+
+    def run(**kwargs: Any) -> Module:
+        infobatch = make()
+        loader = infobatch.loader(Samples(), B // 2)
+        every = ModelCheckpoint(tmp_path, save_top_k=-1, **when)
+        kwargs.update(strategy="ddp", devices=2, callbacks=[every])
+        return fit(Module(infobatch), loader, **kwargs)
+
+    def work() -> Any:
+        names = ("epochs", "lengths", "validated", "rates")
+        runs = run(), run(ckpt_path=tmp_path / f"{name}.ckpt")
+        return [{name: vars(module)[name] for name in names} for module in runs]
+
+    orders = expected()
+    ranks = both(work, tmp_path)
+    parts = [whole["epochs"].values() for whole, _ in ranks]
+    assert [together(list(epoch)) for epoch in zip(*parts, strict=True)] == orders
+    for whole, rest in ranks:
+        assert whole["validated"] == list(range(EPOCHS))
+        assert whole["lengths"] == {e: -(-len(order) // B) for e, order in enumerate(orders)}
+        expect = {e: whole["epochs"][e] for e in range(epoch, EPOCHS)}
+        expect[epoch] = expect[epoch][done * B // 2 :]
+        assert rest["epochs"] == expect
+        assert rest["validated"] == list(range(epoch, EPOCHS))
+        assert rest["rates"] == whole["rates"][-len(rest["rates"]) :]
+        assert rest["rates"][-1] < 0.01
 
 
 def test_a_trainer_of_more_epochs_is_refused() -> None:

@@ -209,9 +209,18 @@ def test_set_epoch_wins() -> None:
         loader.sampler.set_epoch(epoch)
         orders += train(infobatch, loader, range(epoch, epoch + 1))
     assert orders == expected()
-    loader.sampler.set_epoch(EPOCHS - 2)
-    with pytest.raises(ValueError, match=r"^epoch set must be at least 5, got 4: those before are"):
-        len(loader)
+
+
+def test_an_epoch_that_is_over_is_not_given_again() -> None:
+    infobatch = make()
+    orders = train(infobatch, infobatch.loader(Samples(), B), range(3))
+    again = make()
+    again.load_state_dict(infobatch.state_dict())
+    loader: Any = again.loader(Samples(), B)
+    for epoch in range(3, EPOCHS):
+        loader.sampler.set_epoch(epoch - 3)
+        orders += train(again, loader, range(epoch, epoch + 1))
+    assert orders == expected()
 
 
 def test_accumulation_and_updates_after_the_epoch() -> None:
