@@ -127,8 +127,8 @@ step() {
     tests) timeout -s INT -k 20 240 env --default-signal=INT "$python" -m pytest -v --tb=short \
       --continue-on-collection-errors -m "gpu and not slow" ;;
     epochs) train 300 --out "$(new epochs)" "${few[@]}" ;;
-    forms) timeout 570 "$python" bench/throughput.py "${forms[@]}" --combo-kernels --batch-sizes \
-      --out "$(new forms)" ;;
+    forms) timeout 570 "$python" bench/throughput.py "${forms[@]}" --foreach-lars \
+      --torch-cross-entropy --batch-sizes --out "$(new forms)" ;;
     overhead) timeout 570 "$python" bench/overhead.py "${quick[@]}" --out "$(new overhead)" ;;
     runs) runs ;;
     kernels) timeout 570 "$python" bench/kernels_bench.py "${sizes[@]}" --out "$(new kernels)" ;;

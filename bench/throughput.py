@@ -52,8 +52,7 @@ class Throughput(Options):
         models: default r50 on CUDA, small on a CPU; with no name, no training.
         forms: of training, each adding to the one before; default amp compiled graph on CUDA,
             eager channels_last on a CPU.
-        combo_kernels: compare the last form with inductor's combo_kernels as well.
-        max_autotune: the same with max_autotune and conv_1x1_as_mm.
+        max_autotune: compare the last form with max_autotune and conv_1x1_as_mm as well.
         foreach_lars: the same with torch's operations in the place of the LARS kernels.
         torch_cross_entropy: the same with torch's loss in the place of the kernel.
         samples: images of a loader's pass; default all on a GPU, 8192 on a CPU.
@@ -63,7 +62,6 @@ class Throughput(Options):
     batch_sizes: Annotated[tuple[int, ...], shown("[INT ...]")] = (200,)
     models: Annotated[tuple[Model, ...] | None, shown("[{small,r18,r34,r50,r101} ...]")] = None
     forms: Annotated[tuple[FormName, ...], shown("{" + ",".join(FORMS) + "} ...")] = ()
-    combo_kernels: bool = False
     max_autotune: bool = False
     foreach_lars: bool = False
     torch_cross_entropy: bool = False

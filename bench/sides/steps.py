@@ -37,7 +37,7 @@ class Form:
         amp: off or bf16.
         compile: torch.compile the network.
         graph: replay the step as a CUDA graph.
-        inductor: options of the compiler.
+        inductor: options of the compiler beside the trainer's.
         loss_kernel: our cross-entropy where there is a kernel, else torch's.
         fused: our LARS where there is a kernel; False is torch's foreach operations.
     """
@@ -69,7 +69,6 @@ FORMS = {  # each adds to the one before
     "graph": Form(compile=True, graph=True),
 }
 SWITCHES: dict[str, Callable[[Form], Form]] = {  # what is compared beside the last form asked for
-    "combo_kernels": lambda form: replace(form, inductor={"combo_kernels": True}),
     "max_autotune": lambda form: replace(
         form, inductor={"max_autotune": True, "conv_1x1_as_mm": True}
     ),

@@ -64,11 +64,12 @@ def host_syncs(device: torch.device, action: str) -> Iterator[HostSyncs]:
     Args:
         action: count; forbid: raise HostSync at the first; or off: see nothing.
     """
-    watch = HostSyncs(device.type == "cuda", _MODES[action])
+    cuda = device.type == "cuda" and action != "off"
+    watch = HostSyncs(cuda, _MODES[action])
     if action == "off":
         yield watch
         return
-    if device.type != "cuda":
+    if not cuda:
         with _HostReads(watch):
             yield watch
         return

@@ -27,6 +27,7 @@ from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch
 from infobatch_fast.train.models import make_model
+from infobatch_fast.train.step import INDUCTOR
 
 CPU = torch.device("cpu")
 BENCH = Path(harness.__file__).parent
@@ -300,13 +301,12 @@ def test_each_switch_changes_one_thing_of_the_last_form():
             if getattr(other, field) != getattr(last, field)
         }
     assert changes == {
-        "combo_kernels": {"inductor": {"combo_kernels": True}},
         "max_autotune": {"inductor": {"max_autotune": True, "conv_1x1_as_mm": True}},
         "foreach_lars": {"fused": False},
         "torch_cross_entropy": {"loss_kernel": False},
     }
     known = torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]
-    assert {"combo_kernels", "max_autotune", "conv_1x1_as_mm"} <= known.keys()
+    assert {*INDUCTOR, "max_autotune", "conv_1x1_as_mm"} <= known.keys()
     assert {field for field in throughput.Throughput.__dataclass_fields__} >= set(steps.SWITCHES)
 
 

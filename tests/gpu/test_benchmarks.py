@@ -51,7 +51,7 @@ def test_kernels_of_an_epoch_do_what_they_must(kernel):
 def test_nothing_is_absent(script, tmp_path):
     words = ["--quick", "--device", "cuda", "--out", str(tmp_path)]
     words += ["--model", "small"] * (script == "overhead")
-    words += ["--models", "small", "--combo-kernels"] * (script == "throughput")
+    words += ["--models", "small", "--foreach-lars"] * (script == "throughput")
     subprocess.run([sys.executable, str(BENCH / f"{script}.py"), *words], check=True)
     lines, _ = read_lines(tmp_path / f"{script}.jsonl", Line)
     assert lines

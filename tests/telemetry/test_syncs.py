@@ -85,6 +85,13 @@ def test_debug_mode_is_counted_and_put_back(monkeypatch: pytest.MonkeyPatch) -> 
     assert [place.split(":")[0] for place in watch.places] == ["test_syncs.py"]
 
 
+def test_off_leaves_the_debug_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    with host_syncs(CUDA, "off") as watch, watch.allowed():
+        pass
+    assert cuda.modes == []
+
+
 def test_debug_mode_forbids_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     with pytest.raises(HostSync, match=r", at test_syncs.py:\d+$"), host_syncs(CUDA, "forbid"):
