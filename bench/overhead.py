@@ -18,12 +18,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from harness import Bench, Options, Side, Timer, main, on_device, said, shown, wall
 from sides import pruning
 from sides.steps import FORMS, Form, WithAndWithout
+from torch.utils.data import DataLoader, TensorDataset
 
 from infobatch_fast import InfoBatch
 from infobatch_fast.errors import UserError
@@ -36,6 +37,7 @@ TITLES = {
     "reported of one A100: 1.03 s (2.3%, 1.5%)",
     "choose": "Choosing an epoch: threshold, choice and shuffle of N samples",
     "update": "Update with a batch: rescaled mean, backward, record",
+    "loader": "A batch from infobatch.loader, with its update, beside a plain shuffled DataLoader",
     "telemetry": "Telemetry: phases and NVML's sampler on and off, a step; claimed is below 1%",
 }
 
@@ -93,6 +95,7 @@ def measure(bench: Bench, options: Overhead) -> None:
     for name, pair in trained.items():
         if pair is not None:
             measure_epoch(bench, options, samples, name, pair.kept)
+    measure_loader(bench, options)
     if (pair := next(iter(trained.values()))) is not None:
         measure_telemetry(bench, pair, next(iter(trained)))
 
@@ -171,6 +174,39 @@ def measure_epoch(bench: Bench, options: Overhead, samples: int, form: str, kept
             "full_epoch_percent": 100 * took / (full * plain),
         }
         bench.add("epoch", case, "s", {"median": took, "count": update.count}, more)
+
+
+def measure_loader(bench: Bench, options: Overhead) -> None:
+    """Whole passes over a data set in memory, by torch's DataLoader with and without InfoBatch.
+
+    Fetching is as cheap as it gets, so that what InfoBatch adds to a batch is seen; losses are
+    taken as they are, and nothing is differentiated.
+    """
+    b = options.batch_size
+    samples = b * (10 if bench.quick else 50)
+    images = torch.zeros(samples, 3, 32, 32, dtype=torch.uint8)
+    dataset = TensorDataset(images, torch.zeros(samples, dtype=torch.int64))
+    losses = torch.ones(b, device=bench.device)
+    infobatch = InfoBatch(samples, 10**6, options.ratio, 0.0, options.seed, bench.device)
+    for workers in (0, 2):
+        how: Any = {"num_workers": workers, "persistent_workers": workers > 0}
+        ours = infobatch.loader(dataset, b, **how)
+        plain = DataLoader(dataset, b, shuffle=True, **how)
+
+        def with_infobatch(loader: DataLoader = ours) -> None:
+            for _, batch in loader:
+                infobatch.update(losses, batch)
+
+        def without(loader: DataLoader = plain) -> None:
+            for _ in loader:
+                losses.mean()
+
+        sides = {
+            "with": partial(Side, with_infobatch, repetitions=samples // b),
+            "without": partial(Side, without, repetitions=samples // b),
+        }
+        case = {"workers": workers, "batch_size": b}
+        bench.compare_pair("loader", case, sides, seconds=(10.0, 0.5), rounds=10)
 
 
 def measure_telemetry(bench: Bench, pair: WithAndWithout, form: str) -> None:
