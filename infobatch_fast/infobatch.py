@@ -322,28 +322,36 @@ class InfoBatch:
                 "has a plan of its own, from sample(epoch)",
                 stacklevel=2,
             )
-        if scores is not None:
-            scores = per_sample(scores, size, name="scores")
-        self.record(losses if scores is None else scores, batch)
+        scores = losses if scores is None else per_sample(scores, size, name="scores")
+        self._record(scores, batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
     def record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
         """The half of `update` that writes the scores; where found_inf (1,) is not 0 they stay."""
+        self._record(per_sample(losses, batch.indices.numel()), batch, found_inf)
+
+    def _record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
         device = self.scores.device
-        losses = _onto(per_sample(losses, batch.indices.numel()).detach(), device)
+        losses = _onto(losses.detach(), device)
         kernels = triton_kernels(device)
-        operation = reference.record if kernels is None else kernels.record
-        indices = _onto(batch.indices, device).contiguous()
+        indices = _onto(batch.indices, device)
         if self.pruning.score != "loss":
             before = self.scores.index_select(0, indices)
             losses = SCORES[self.pruning.score](before, losses)
-        operation(self.scores, indices, losses.contiguous(), found_inf)
+        if kernels is None:
+            reference.record(self.scores, indices, losses, found_inf)
+        else:
+            kernels.record(self.scores, indices.contiguous(), losses.contiguous(), found_inf)
         if self._mine is not None:
             self._mine.index_fill_(0, indices, True)
             self._unmerged = True
-        end, new = 0 if self.plan is None else len(self.plan), indices.numel()
-        own = (self.recorded - self.resume_at) // self._share.world + new
-        self.recorded = self.resume_at + self._share.reached(end - self.resume_at, own)
+        new, world = indices.numel(), self._share.world
+        if self.plan is None or world == 1:
+            self.recorded += new
+            return
+        own = (self.recorded - self.resume_at) // world + new
+        reached = self._share.reached(len(self.plan) - self.resume_at, own)
+        self.recorded = self.resume_at + reached
 
     def share(self, batch_size: int | None) -> Share:
         """What is this process's of an epoch in batches of B: all of it where there is one.

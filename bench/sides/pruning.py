@@ -38,7 +38,6 @@ class OnDevice:
     def __init__(self, scores: Floats, ratio: float, seed: int, device: torch.device) -> None:
         self.infobatch = InfoBatch(len(scores), 1, ratio, 1.0, seed, device)
         self.infobatch.scores.copy_(torch.from_numpy(scores))
-        self._found_inf = torch.zeros((), device=device)
 
     def choose(self) -> Plan:
         """Draw an epoch from the scores."""
@@ -53,9 +52,8 @@ class OnDevice:
         return chosen.batch(start, stop)
 
     def update(self, losses: Tensor, batch: Batch) -> Tensor:
-        """The rescaled mean, the record and the sum of weights, as a step has them."""
-        self.infobatch.record(losses, batch, self._found_inf)
-        batch.weights.sum(dtype=torch.float64)
+        """Record losses (B,), and return the mean of weight * loss."""
+        self.infobatch.record(losses, batch)
         return reference.rescaled_mean(losses, batch.weights)
 
     def recorded(self, indices: Indices) -> Floats | None:
