@@ -33,9 +33,16 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 from tqdm import tqdm
 
 from infobatch_fast.errors import UserError, reason
+from infobatch_fast.report.benchmarks import (
+    DIFFERENCE,
+    absences,
+    cautions,
+    cell,
+    pivot,
+    words,
+)
 from infobatch_fast.report.lines import Line
-from infobatch_fast.report.text import amount, figures, markdown
-from infobatch_fast.report.text import seconds as in_seconds
+from infobatch_fast.report.text import markdown
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Say, command, is_out_of_memory, parse
 from infobatch_fast.train.loop import find_device
@@ -46,7 +53,6 @@ Timer = Callable[[Call, torch.device], float]
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers serve without any colour.
 STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#D55E00", "v"))
 STYLES += (("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*"))
-DIFFERENCE = "difference"  # the side that is the first less the second
 
 
 def shown(metavar: str) -> Any:
@@ -515,99 +521,28 @@ def main(
     return command(body, "ask for smaller sizes")
 
 
-def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
-    """What a reader of a benchmark's figures must know."""
-    said = ["a --quick run: too short to quote"] if quick else []
-    load, cores = options["load_average"], options["cores"]
-    if load > cores / 2:
-        busy = f"load average {figures(load)} of {cores} cores"
-        said.append(f"the machine is busy: {busy}: it is faster than these figures")
-    if options.get("source") == "synthetic":
-        said.append("SYNTHETIC images: $INFOBATCH_DATA names the folder of CIFAR-10")
-    return said
-
-
 def where(lines: Sequence[Line], device: torch.device | None = None) -> str:
     """The device in words."""
     about = record.describe(device) if device is not None else lines[0].device
     return f"{about['name']} ({about['type']})"
 
 
-def words(case: Mapping[str, Any], without: Sequence[str] = ("side",)) -> str:
-    """A case in words: "r50, batch size 200, graph", numbers with their names."""
-    named = {name: value for name, value in case.items() if name not in without}
-    return ", ".join(
-        value if isinstance(value, str) else f"{name.replace('_', ' ')} {value:,}"
-        for name, value in named.items()
-    )
-
-
-def cell(line: Line) -> str:
-    """A row's figure as the tables have it: median, interval or shares of limits."""
-    if line.absent is not None:
-        return "absent"
-    assert line.median is not None
-    value, more = amount(line.median, line.unit), line.more
-    if line.case.get("side") == DIFFERENCE:
-        low, high = more.get("low_seconds"), more.get("high_seconds")
-        if low is None or high is None:
-            return f"{value} (too few pairs for an interval)"
-        share = f"; {figures(more['median_percent'])}%" if "median_percent" in more else ""
-        return f"{value} ({in_seconds(low)} to {in_seconds(high)}{share})"
-    beside = [f"{figures(more['TFLOP/s'])} TFLOP/s"] if "TFLOP/s" in more else []
-    beside += [f"{figures(v)}%" for name, v in more.items() if name.endswith("_percent")]
-    return f"{value} ({', '.join(beside)})" if beside else value
-
-
 def tables(lines: Sequence[Line], titles: Mapping[str, str]) -> list[str]:
-    """A Markdown table for each part, its sides as columns; then what is absent, and why."""
+    """A Markdown table for each part; then what is absent, and why."""
     out: list[str] = []
     for part, title in titles.items():
-        rows = [line for line in lines if line.part == part and line.absent is None]
-        if not rows:
-            continue
-        keys = list(dict.fromkeys(key for line in rows for key in line.case if key != "side"))
-        sides = list(dict.fromkeys(line.case.get("side", "") for line in rows))
-        cells: dict[tuple[str, ...], dict[str, str]] = {}
-        for line in rows:
-            of = tuple(_plain(line.case.get(key, "")) for key in keys)
-            cells.setdefault(of, {})[line.case.get("side", "")] = cell(line)
-        if len(sides) > max(3, len(cells)):  # more than lie side by side
-            heads = [
-                "",
-                *(", ".join(f"{k} {v}" for k, v in zip(keys, of, strict=True)) for of in cells),
-            ]
-            body = [[side, *(by.get(side, "-") for by in cells.values())] for side in sides]
-        else:
-            heads = [*keys, *sides]
-            body = [[*of, *(by.get(side, "-") for side in sides)] for of, by in cells.items()]
-        heads = [head.replace("_", " ") for head in heads]
-        left = 1 if heads[0] == "" else len(keys)
-        out += ["", f"## {title}", "", *markdown(heads, body, left=left)]
-    whys: dict[tuple[str, str], list[str]] = {}
-    for line in lines:
-        if line.absent is not None and line.case.get("side") != DIFFERENCE:
-            side = f"{line.part}, {line.case['side']}" if "side" in line.case else line.part
-            whys.setdefault((line.absent, side), []).append(words(line.case))
-    missing = [
-        f"- {side}{f' of {of[0]}' if len(of) == 1 else f', {len(of)} rows'}: {why}"
-        for (why, side), of in whys.items()
-    ]
+        if rows := [line for line in lines if line.part == part and line.absent is None]:
+            out += ["", f"## {title}", "", *markdown(*pivot(rows))]
+    if missing := absences(lines):
+        out += ["", "## Absent", "", *(f"- {each}" for each in missing)]
     notes = cautions(lines[0].options, lines[0].quick) if lines else []
-    if missing:
-        out += ["", "## Absent", "", *missing]
     return [*out, "", *(f"WARNING: {note}" for note in notes)]
-
-
-def _plain(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def draw(lines: Sequence[Line], titles: Mapping[str, str], path: Path) -> bool:
     """Draw each part of the titles that has figures as a panel of a PNG.
 
-    Against N, where a part has several and each side one figure at each, else a point for each row:
-    medians, with the 20th to 80th percentile.
+    A point for each row: its median, with the 20th to 80th percentile.
 
     Returns:
         Whether there was a row to draw.
@@ -619,11 +554,11 @@ def draw(lines: Sequence[Line], titles: Mapping[str, str], path: Path) -> bool:
             panels[title] = rows
     if not panels:
         return False
-    heights = [2.6 if _curves(rows) else 0.8 + 0.22 * len(rows) for rows in panels.values()]
+    heights = [0.8 + 0.22 * len(rows) for rows in panels.values()]
     figure = Figure(figsize=(11, 1.2 + sum(heights) + 0.5 * len(heights)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-        (_draw_curves if _curves(rows) else _draw_points)(axis, rows)
+        _draw_points(axis, rows)
         axis.set_title("\n".join(textwrap.wrap(title, 110)), fontsize=10, loc="left")
     notes = cautions(lines[0].options, lines[0].quick)
     notes += ["stopped midway"] * (not lines[0].complete)
@@ -633,28 +568,6 @@ def draw(lines: Sequence[Line], titles: Mapping[str, str], path: Path) -> bool:
     figure.savefig(content, format="png", dpi=120)
     write_atomically(path, content.getvalue())
     return True
-
-
-def _curves(rows: Sequence[Line]) -> bool:
-    """Whether a part is drawn against N."""
-    cases = {tuple(v for k, v in row.case.items() if k not in ("samples", "side")) for row in rows}
-    return len(cases) == 1 and len({row.case.get("samples") for row in rows}) > 2
-
-
-def _draw_curves(axis: Axes, rows: Sequence[Line]) -> None:
-    sides = list(dict.fromkeys(row.case["side"] for row in rows))
-    for side, (colour, marker) in zip(sides, STYLES, strict=False):
-        mine = [row for row in rows if row.case["side"] == side]
-        x = [row.case["samples"] for row in mine]
-        low, middle, high = ([getattr(row, k) for row in mine] for k in ("p20", "median", "p80"))
-        axis.plot(x, middle, color=colour, marker=marker, label=side)
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    axis.set(xscale="log", yscale="log")
-    axis.set_xlabel("samples N", fontsize=8)
-    axis.tick_params(labelsize=8)
-    _unit(axis.yaxis, rows[0].unit)
-    axis.grid(which="major", alpha=0.3)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_points(axis: Axes, rows: Sequence[Line]) -> None:
@@ -688,21 +601,17 @@ def _draw_points(axis: Axes, rows: Sequence[Line]) -> None:
     axis.set_xlim(min(ends) / 1.5 if log else 0, max(ends) * (6 if log else 1.45))
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
-    _unit(axis.xaxis, rows[0].unit)
+    small = rows[0].unit == "images/s"  # which takes no "k" or "M"
+    form = StrMethodFormatter("{x:,g}") if small else EngFormatter(rows[0].unit or "")
+    axis.xaxis.set_major_formatter(form)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    if log and axis.get_xlim()[1] < 100 * axis.get_xlim()[0]:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.tick_params(axis="x", labelsize=8)
     label = words({key: rows[0].case[key] for key in same}, ())
     if rows[0].unit != "s":
         label = f"{rows[0].unit}; {label}"
     axis.set_xlabel(label, fontsize=8)
-
-
-def _unit(axis: Any, unit: str | None) -> None:
-    small = unit == "images/s"  # which takes no "k" or "M"
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}") if small else EngFormatter(unit or ""))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_tick_params(which="major", labelsize=8)
-    low, high = axis.get_view_interval()
-    if axis.get_scale() == "log" and high < 100 * low:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def _finite(value: Any) -> Any:

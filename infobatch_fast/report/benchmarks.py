@@ -1,103 +1,127 @@
-"""The tables of a report's benchmarks: one for each part of each file."""
+"""The rows of benchmarks as tables: of a report, and of the benchmark's own last words."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infobatch_fast.report import text as tables
 from infobatch_fast.report.lines import Line
 from infobatch_fast.report.page import Block, Heading, Table, Text
 from infobatch_fast.report.read import Benchmark
 from infobatch_fast.report.runs import device_of
+from infobatch_fast.report.text import amount, figures, seconds
 
-NONE = "–"
+DIFFERENCE = "difference"  # the side that is the first less the second
 
 
 def benchmark_tables(benchmarks: Sequence[Benchmark]) -> list[Block]:
     """A table for each part, beneath what it was measured on."""
     blocks: list[Block] = []
     for benchmark in benchmarks:
-        calls: dict[str, dict[str, list[Line]]] = {}
+        calls: dict[str, list[Line]] = {}
         for line in benchmark.lines:
             of = (line.benchmark, line.quick, line.source_hash, line.device, line.options)
-            call = calls.setdefault(json.dumps(of, sort_keys=True), {})
-            call.setdefault(line.part, []).append(line)
-        for parts in calls.values():
-            lines = [line for part in parts.values() for line in part]
-            marks = "; ".join(_marks(benchmark, lines))
-            title = f"{lines[0].benchmark}, {benchmark.name}" + f" ({marks})" * bool(marks)
-            blocks += [Heading(title, 3), Text(_about(lines), "aside")]
-            for part, of_part in parts.items():
-                blocks += [Heading(f"{lines[0].benchmark}: {part}", 4), _table(of_part)]
+            calls.setdefault(json.dumps(of, sort_keys=True), []).append(line)
+        for lines in calls.values():
+            name, marks = lines[0].benchmark, cautions(lines[0].options, lines[0].quick)
+            marks += ["STOPPED MIDWAY"] * (not all(line.complete for line in lines))
+            marks += ["FILE DAMAGED"] * benchmark.damaged
+            title = f"{name}, {benchmark.name}" + f" ({'; '.join(marks)})" * bool(marks)
+            blocks += [Heading(title, 3), Text(_about(lines[0]), "aside")]
+            for part in dict.fromkeys(line.part for line in lines if line.absent is None):
+                rows = [line for line in lines if line.part == part and line.absent is None]
+                blocks += [Heading(f"{name}: {part}", 4), Table(*pivot(rows, ends=True))]
+            blocks += [Text(f"Absent: {each}.") for each in absences(lines)]
     return blocks
 
 
-def _marks(benchmark: Benchmark, lines: Sequence[Line]) -> Iterator[str]:
-    """What keeps a table's figures from being taken at their word."""
-    if lines[0].quick:
-        yield "QUICK RUN: too short to quote"
-    if not all(line.complete for line in lines):
-        yield "STOPPED MIDWAY"
-    if benchmark.damaged:
-        yield "FILE DAMAGED"
-    loads = [of.get("load_average") for line in lines for of in (line.options, line.more)]
-    load = max((of for of in loads if isinstance(of, (int, float))), default=0.0)
-    cores = lines[0].options.get("cores")
-    if isinstance(cores, int) and load > cores:
-        yield f"BUSY MACHINE: load average {tables.figures(load)} on {cores} cores"
+def cautions(options: Mapping[str, Any], quick: bool) -> list[str]:
+    """What a reader of a benchmark's figures must know."""
+    said = ["a QUICK run: too short to quote"] if quick else []
+    load, cores = options.get("load_average", 0.0), options.get("cores", 1)
+    if load > cores / 2:
+        busy = f"load average {figures(load)} of {cores} cores"
+        said.append(f"a BUSY machine, {busy}: it is faster than these figures")
+    if options.get("source") == "synthetic":
+        said.append("SYNTHETIC images: $INFOBATCH_DATA names the folder of CIFAR-10")
+    return said
 
 
-def _about(lines: Sequence[Line]) -> str:
-    first = lines[0]
-    options = ", ".join(f"{name} {_figure(value)}" for name, value in first.options.items())
-    return (
-        f"Median [20th, 80th percentile], of differences low to high: the 95% interval; started "
-        f"{first.started} on {device_of(first.device)}; commit {str(first.commit)[:8]}, source "
-        f"{first.source_hash[:8]}; {options}."
+def words(case: Mapping[str, Any], without: Sequence[str] = ("side",)) -> str:
+    """A case in words: "r50, batch size 200, graph", numbers with their names."""
+    named = {name: value for name, value in case.items() if name not in without}
+    return ", ".join(
+        value if isinstance(value, str) else f"{name.replace('_', ' ')} {_figure(value)}"
+        for name, value in named.items()
     )
 
 
-def _table(lines: Sequence[Line]) -> Table:
-    case = dict.fromkeys(name for line in lines for name in line.case)
-    more = dict.fromkeys(name for line in lines for name in line.more)
-    rows = [
-        [
-            *(_figure(line.case.get(name)) for name in case),
-            _measured(line),
-            _figure(line.count),
-            *(_further(name, line.more.get(name)) for name in more),
-        ]
-        for line in lines
-    ]
-    heads = [
-        *case,
-        "median [p20, p80]",
-        "count",
-        *(name.replace("_percent", " %") for name in more),
-    ]
-    heads = [head.removesuffix("_seconds").replace("_", " ") for head in heads]
-    return Table(heads, rows, left=len(case))
+def pivot(lines: Sequence[Line], ends: bool = False) -> tuple[list[str], list[list[str]], int]:
+    """Heads and rows of figures, the sides as columns, and how many columns hold words.
+
+    With `ends` each figure has its 20th and 80th percentile.
+    """
+    keys = list(dict.fromkeys(key for line in lines for key in line.case if key != "side"))
+    sides = list(dict.fromkeys(line.case.get("side", "") for line in lines))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for line in lines:
+        of = tuple(_figure(line.case.get(key, "")) for key in keys)
+        cells.setdefault(of, {})[line.case.get("side", "")] = cell(line, ends)
+    if len(sides) > max(3, len(cells)):  # more than lie side by side
+        cases = [", ".join(f"{k} {v}" for k, v in zip(keys, of, strict=True)) for of in cells]
+        heads = ["", *cases]
+        rows = [[side, *(by.get(side, "-") for by in cells.values())] for side in sides]
+    else:
+        heads = [*keys, *sides]
+        rows = [[*of, *(by.get(side, "-") for side in sides)] for of, by in cells.items()]
+    return [head.replace("_", " ") for head in heads], rows, len(keys) if heads[0] else 1
 
 
-def _measured(line: Line) -> str:
-    """Median and percentiles, or why there are none."""
+def cell(line: Line, ends: bool = False) -> str:
+    """A row's figure: median, and interval or shares of limits."""
     if line.median is None:
-        return f"absent: {line.absent or 'no reason is given'}"
-    spread = [line.p20, line.p80] if line.count is None or line.count > 1 else []
-    ends = ", ".join(tables.amount(of, line.unit) for of in spread if of is not None)
-    return tables.amount(line.median, line.unit) + f" [{ends}]" * bool(ends)
+        return "absent"
+    value, more = amount(line.median, line.unit), line.more
+    if line.case.get("side") == DIFFERENCE:
+        low, high = more.get("low_seconds"), more.get("high_seconds")
+        if low is None or high is None:
+            return f"{value} (too few pairs for an interval)"
+        share = f"; {figures(more['median_percent'])}%" if "median_percent" in more else ""
+        return f"{value} ({seconds(low)} to {seconds(high)}{share})"
+    if ends and None not in (spread := (line.p20, line.p80)):
+        value += f" [{', '.join(amount(of, line.unit) for of in spread if of is not None)}]"
+    beside = [f"{figures(more['TFLOP/s'])} TFLOP/s"] if "TFLOP/s" in more else []
+    beside += [f"{figures(v)}%" for name, v in more.items() if name.endswith("_percent")]
+    return f"{value} ({', '.join(beside)})" if beside else value
 
 
-def _further(name: str, value: Any) -> str:
-    timed = name.endswith("_seconds") and isinstance(value, float)
-    return tables.seconds(value) if timed else _figure(value)
+def absences(lines: Sequence[Line]) -> list[str]:
+    """What has no figures, and why."""
+    whys: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        if line.absent is not None and line.case.get("side") != DIFFERENCE:
+            side = f"{line.part}, {line.case['side']}" if "side" in line.case else line.part
+            whys.setdefault((line.absent, side), []).append(words(line.case))
+    return [
+        f"{side}{f' of {of[0]}' if len(of) == 1 else f', {len(of)} rows'}: {why}"
+        for (why, side), of in whys.items()
+    ]
+
+
+def _about(line: Line) -> str:
+    options = ", ".join(f"{name} {_figure(value)}" for name, value in line.options.items())
+    return (
+        "Median [20th, 80th percentile], of differences (the 95% interval); % of the limits that "
+        f"were measured, of copying last, or of an epoch; started {line.started} on "
+        f"{device_of(line.device)}; commit {str(line.commit)[:8]}, source {line.source_hash[:8]}; "
+        f"{options}."
+    )
 
 
 def _figure(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return tables.figures(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return NONE if value is None else value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, float):
+        return figures(value)
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from infobatch_fast.errors import UserError, reason
-from infobatch_fast.train.records import parse, read_object
+from infobatch_fast.train.records import Provenance, parse, read_object
 
 LineT = TypeVar("LineT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class Line(Provenance):
     """One row of a benchmark, a JSON object: all that its figure depends on, so that it may be
     quoted alone.
 
@@ -24,7 +24,6 @@ class Line:
         absent: why the row has no figures (then unit to count are None); None where it has.
         quick: whether it was a --quick run, too short to quote.
         started: UTC, ISO 8601.
-        version: of the package; this and those below are as in a run's config.json.
     """
 
     benchmark: str
@@ -41,12 +40,6 @@ class Line:
     quick: bool
     options: dict[str, Any]
     started: str
-    version: str
-    commit: str | None
-    source_hash: str
-    python: str
-    packages: dict[str, str | None]
-    device: dict[str, Any]
 
 
 def read_lines(path: Path, kind: type[LineT]) -> tuple[list[LineT], list[str]]:

@@ -160,23 +160,11 @@ def seeds_needed(deviation: float, least: int = 2) -> int:
 
 
 def quantile(freedom: int) -> float:
-    """How far Student's t lies from 0 at most, either way, in 95% of cases."""
-    low, high = 1.0, 13.0  # 12.706 of one degree of freedom is the most
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < 0.95 else (low, middle)
-    return high
+    """How far Student's t lies from 0 at most, either way, in 95% of cases.
 
-
-def _within(t: float, freedom: int) -> float:
-    """Probability that |T| is at most t: the finite sums of Abramowitz and Stegun, 26.7.3 and 4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine = math.cos(angle)
-    odd = freedom % 2
-    term = total = cosine if odd else 1.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
+    Of few degrees of freedom from a table, else by Abramowitz and Stegun, 26.7.5.
+    """
+    few = (12.7062, 4.3027, 3.1824, 2.7764)
+    if freedom <= len(few):
+        return few[freedom - 1]
+    return sum(c / freedom**k for k, c in enumerate((1.95996, 2.37227, 2.8225, 2.55585, 1.58953)))

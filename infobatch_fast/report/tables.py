@@ -98,7 +98,8 @@ def run_table(section: Section) -> list[Block]:
         "all in all min": lambda run: figures(run.total_seconds / 60),
         "energy kJ": lambda run: figures(run.joules / 1000) if run.joules else NONE,
     }
-    frame = pd.DataFrame({head: [of(run) for run in section.runs] for head, of in columns.items()})
+    cells = {head: [of(run) for run in section.runs] for head, of in columns.items()}
+    frame = pd.DataFrame(cells, dtype=object)  # arrow's strings take no name that is no UTF-8
     dull = {"state": "complete", "start-up s": "0", "energy kJ": NONE}
     frame = frame.drop(columns=[of for of, same in dull.items() if (frame[of] == same).all()])
     note = "Seconds an epoch are the median of training with its pruning; start-up is apart. "

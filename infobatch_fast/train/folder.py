@@ -90,10 +90,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def source_hash() -> str:
-    """SHA-256 over the package's Python files, kernels included, by name and content."""
+    """SHA-256 by name and content of the Python files that a run depends on, kernels included."""
     root = Path(infobatch_fast.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
+    for path in sorted({*root.glob("*.py"), *root.glob("*/*.py")} - {*root.glob("report/*")}):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

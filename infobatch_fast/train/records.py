@@ -79,20 +79,26 @@ class EpochLine(Measured):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """config.json: what was asked for, of what data, by which sources, on which device.
+class Provenance:
+    """By which sources figures were made, and on which device."""
 
-    `data` is published, files or synthetic, and genuine in older records.
-    """
-
-    config: dict[str, Any]
-    data: str
     version: str
     commit: str | None
     source_hash: str
     python: str
     packages: dict[str, str | None]
     device: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Provenance):
+    """config.json: what was asked for, of what data.
+
+    `data` is published, files or synthetic, and genuine in older records.
+    """
+
+    config: dict[str, Any]
+    data: str
     samples: dict[str, int] = field(default_factory=dict)
     classes: list[str] | None = None
 
