@@ -13,7 +13,8 @@ from torch.multiprocessing import start_processes
 
 def child(rank: int, work: Callable[[], Any], port: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # Threads as torchrun has it; accelerate warns where it has to say so itself.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.save(work(), folder / f"rank{rank}")
 
 
