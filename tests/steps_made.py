@@ -45,9 +45,9 @@ def make_batch(seed: int = 0, size: int = 16, device: str = "cpu") -> tuple[Tens
 
 
 def spoilt_batch(
-    seed: int, value: float = float("nan"), device: str = "cpu"
+    seed: int, value: float = float("nan"), device: str = "cpu", size: int = 16
 ) -> tuple[Tensor, Tensor, Batch]:
-    images, labels, batch = make_batch(seed, device=device)
+    images, labels, batch = make_batch(seed, size, device)
     images[3, 1, 4, 4] = value
     return images, labels, batch
 

@@ -1,5 +1,6 @@
 """Triton or torch: the kernels must prove themselves, and what runs on them does as torch does."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -173,11 +174,10 @@ def test_a_step_by_kernels_is_the_step(
         )
         generator = torch.Generator().manual_seed(0)
         plan = pruner.sample(0)
-        for begin in (0, 16, 32):
-            batch = plan.batch(begin, begin + 16)
-            batch = batch._replace(weights=1 + torch.rand(16, generator=generator))
-            images = torch.randn(16, 3, 32, 32, generator=generator)
-            taken(images, torch.randint(0, 10, (16,), generator=generator), batch, 0.05, 0.9)
+        for batch in itertools.islice(plan.batches(4), 3):
+            batch = batch._replace(weights=1 + torch.rand(4, generator=generator))
+            images = torch.randn(4, 3, 32, 32, generator=generator)
+            taken(images, torch.randint(0, 10, (4,), generator=generator), batch, 0.05, 0.9)
         return taken, pruner
 
     torch_step, torch_scores = train()
@@ -191,7 +191,7 @@ def test_a_step_by_kernels_is_the_step(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(torch_scores.scores, kernel_scores.scores, equal_nan=True)
     assert kernel_step.read_counts() == pytest.approx(torch_step.read_counts(), rel=1e-6)
-    assert torch_scores.scores.isfinite().sum() == (0 if plain else 48)
+    assert torch_scores.scores.isfinite().sum() == (0 if plain else 12)
 
 
 @pytest.mark.gpu

@@ -21,6 +21,8 @@ from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from infobatch_fast.telemetry.syncs import host_syncs
 from infobatch_fast.train.optim import OPTIMIZERS
 
+FEW = 4  # samples of a batch: a CPU takes 20 ms for each in float16
+
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_step_against_plain_torch(plain: bool) -> None:
@@ -92,8 +94,8 @@ def test_rows_of_skipped_steps_are_counted() -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("device", ON)
 def test_no_host_sync_in_the_step(device: str, optimizer: str, amp: str) -> None:
-    step, batch = make_step(optimizer, device, amp=amp), make_batch(0, device=device)
-    for _ in range(3):
+    step, batch = make_step(optimizer, device, amp=amp), make_batch(0, FEW, device)
+    for _ in range(3 if device == "cuda" else 1):
         step(*batch, 0.01, 0.9)
     with host_syncs(torch.device(device), "forbid"):
         step(*batch, 0.01, 0.9)
@@ -105,8 +107,8 @@ def test_autocast_learns_like_float32(amp: str) -> None:
     losses = {}
     for mode in ("off", amp):
         step = make_step("sgd", amp=mode)
-        for _ in range(12):
-            step(*make_batch(0, 32), 0.05, 0.9)
+        for _ in range(8):
+            step(*make_batch(0, 8), 0.05, 0.9)
         losses[mode] = step.read_counts().loss
         assert step.read_counts().skipped == 0
     assert losses[amp] == pytest.approx(losses["off"], rel=0.05)
@@ -129,13 +131,14 @@ def test_float16_scale_falls_and_recovers() -> None:
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_state_continues_bit_for_bit(optimizer: str, amp: str, tmp_path: Path) -> None:
     step, other = (make_step(optimizer, amp=amp) for _ in range(2))
-    for batch in (make_batch(0), spoilt_batch(7), make_batch(1)):
+    spoilt = spoilt_batch(7, size=FEW)
+    for batch in (make_batch(0, FEW), spoilt, make_batch(1, FEW)):
         step(*batch, 0.01, 0.9)
     torch.save(step.state_dict(), tmp_path / "state")
     other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert other.growth.item() == step.growth.item() == (amp == "fp16")
     # A skip first: back to what was loaded.
-    for batch in (spoilt_batch(7), make_batch(2), make_batch(3)):
+    for batch in (spoilt, make_batch(2, FEW), make_batch(3, FEW)):
         step(*batch, 0.02, 0.88)
         other(*batch, 0.02, 0.88)
     assert_same(everything(step), everything(other))
@@ -208,15 +211,15 @@ def test_a_compiler_that_fails_is_told_and_nothing_is_lost(
     said: list[str] = []
     plain, compiled = make_step(amp=amp), make_step(amp=amp, compile=True, say=said.append)
     for seed in range(3):
-        plain(*make_batch(seed), 0.05, 0.9)
-        compiled(*make_batch(seed), 0.05, 0.9)
+        plain(*make_batch(seed, FEW), 0.05, 0.9)
+        compiled(*make_batch(seed, FEW), 0.05, 0.9)
         assert_same(everything(plain), everything(compiled))
     assert plain.read_counts() == compiled.read_counts()
     assert said == ["WARNING: the network is not compiled: no compiler was found"]
     assert called == [where]
     assert not compiled.compiled
     with pytest.raises(RuntimeError, match=r"^no compiler"):
-        make_step(amp=amp, compile=True)(*make_batch(0), 0.05, 0.9)
+        make_step(amp=amp, compile=True)(*make_batch(0, FEW), 0.05, 0.9)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -302,6 +302,8 @@ def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
 )
 def test_optimizers_and_autocast(tmp_path, optimizer: str, lr: float, amp: str) -> None:
     words = ["--optimizer", optimizer, "--amp", amp, "--max-lr", lr, "--epochs", 2, "--seed", 1]
+    if amp == "fp16":  # 20 ms a sample
+        words += ["--synthetic-samples", 40, "--batch-size", 5]
     assert run(*words, "--out", tmp_path, "--eval-every", 5) == 0
     first, second = epochs_of(tmp_path)
     assert second["loss"] < first["loss"] < 3
