@@ -58,7 +58,7 @@ def words(case: Mapping[str, Any], without: Sequence[str] = ("side",)) -> str:
 def pivot(lines: Sequence[Line], ends: bool = False) -> tuple[list[str], list[list[str]], int]:
     """Heads and rows of figures, the sides as columns, and how many columns hold words.
 
-    With `ends` each figure has its 20th and 80th percentile.
+    With `ends` each figure has its 20th and 80th percentile, and all else that its line says.
     """
     keys = list(dict.fromkeys(key for line in lines for key in line.case if key != "side"))
     sides = list(dict.fromkeys(line.case.get("side", "") for line in lines))
@@ -91,6 +91,12 @@ def cell(line: Line, ends: bool = False) -> str:
         value += f" [{', '.join(amount(of, line.unit) for of in spread if of is not None)}]"
     beside = [f"{figures(more['TFLOP/s'])} TFLOP/s"] if "TFLOP/s" in more else []
     beside += [f"{figures(v)}%" for name, v in more.items() if name.endswith("_percent")]
+    if ends:
+        rest = {name: v for name, v in more.items() if not name.endswith(("_percent", "TFLOP/s"))}
+        for name, v in rest.items():
+            timed = name.endswith("_seconds") and isinstance(v, float)
+            what = name.removesuffix("_seconds").replace("_", " ")
+            beside.append(f"{what} {seconds(v) if timed else _figure(v)}")
     return f"{value} ({', '.join(beside)})" if beside else value
 
 

@@ -206,7 +206,7 @@ def test_empty_batches_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     record.record(scores, indices, losses)
     logits = torch.rand(0, 10, device=DEVICE)
     mean, losses, gradient = cross_entropy_gradient(logits, indices, weights)
-    same(mean, reference.rescaled_mean(losses, weights))
+    assert mean.isnan()
     assert (losses.shape, gradient.shape) == ((0,), (0, 10))
 
 

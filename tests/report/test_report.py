@@ -200,7 +200,7 @@ def test_benchmarks_and_their_marks(tmp_path: Path, changes: dict, mark: str | N
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    for figure in ("840 us [800 us, 900 us]", "0.840", "no GPU", "50,000", "Test CPU"):
+    for figure in ("840 us [800 us, 900 us]", "49.7", "0.840", "no GPU", "50,000", "Test CPU"):
         assert figure in text
     assert [of for of in ("QUICK", "STOPPED", "BUSY") if of in text] == ([mark] if mark else [])
 
