@@ -392,7 +392,7 @@ def timed_pace(options: Options, say: Say) -> float | None:
         say(f"timing     failed: {why}")
         return None
     seconds = summary.epoch_seconds or summary.train_seconds / 2
-    return (seconds + summary.evaluation_seconds / 2) * options.scale / fraction
+    return seconds * options.scale / fraction + summary.evaluation_seconds / 2
 
 
 def run(arguments: Sequence[str], say: Say) -> int:

@@ -19,7 +19,7 @@ from infobatch_fast.errors import reason
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.plan import Batch, Plan, check_count, per_sample
-from infobatch_fast.policies import SCORES, Choice, View, find, soft
+from infobatch_fast.policies import SCORES, Choice, History, View, find, soft
 from infobatch_fast.pruning import Pruning
 from infobatch_fast.ranks import Share, compare, merge, place
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.utils.data import DataLoader
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class _Past(NamedTuple):
     """What an epoch is drawn from besides the scores."""
 
     memory: Mapping[str, Tensor]
-    last: Tensor | None  # (K,) int64, the epoch before, for policies that remember
+    history: History | None  # for policies that ask for it
     saved: int  # samples left out so far
 
 
@@ -52,6 +52,7 @@ class InfoBatch:
             A policy that remembers has its epochs drawn in their order. With a target, what an
             epoch cannot save falls to the later ones; see `most_saving`.
         protect: (N,) bool, samples that no epoch leaves out (a rare class, say); not in the state.
+        labels: (N,) int64, for a policy of one's own that looks at them; not in the state.
         group: the data-parallel ranks among several processes of torch.distributed's; None is its
             default group, if there is one when an epoch is drawn.
 
@@ -86,6 +87,7 @@ class InfoBatch:
         ratio_schedule: str = "constant",
         target_saving: float | None = None,
         protect: Tensor | None = None,
+        labels: Tensor | None = None,
         group: "ProcessGroup | None" = None,
     ) -> None:
         check_count("num_samples", num_samples)
@@ -104,10 +106,8 @@ class InfoBatch:
         if device is None:
             device = _default_device()
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
-        self._protected: Tensor | None = None
-        if protect is not None:
-            self._protected = torch.as_tensor(protect, device=self.scores.device)
-            self._expect("protect", self._protected, torch.bool)
+        self._protected = self._of_all("protect", protect, torch.bool)
+        self._labels = self._of_all("labels", labels, torch.int64)
         triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
         self._past = self._after = _Past({}, None, 0)
@@ -161,8 +161,10 @@ class InfoBatch:
             plan, memory = self._draw(epoch, budget, whole)
         else:
             plan, memory = self._draw_all(epoch), self._past.memory
-        last = plan.indices if self._policy.memory else None
-        self._after = _Past(memory, last, self._past.saved + self.num_samples - len(plan))
+            if self._policy.memory:
+                memory = self._choice(self._view(epoch, budget)).memory
+        saved = self._past.saved + self.num_samples - len(plan)
+        self._after = _Past(memory, self._history_with(plan), saved)
         self.plan, self.recorded, self.resume_at = plan, 0, 0
         return plan
 
@@ -206,6 +208,26 @@ class InfoBatch:
         left = pruning.target_saving * self.num_samples * self.num_epochs - self._past.saved
         return Budget(0.0, to_save(left, self.num_samples, *schedule), self.most_ratio)
 
+    def _view(self, epoch: int, budget: Budget) -> View:
+        past, key = self._past, _mix(self.seed, epoch)
+        return View(
+            self.scores, epoch, self._tail, budget, key, past.history, self._labels, past.memory
+        )
+
+    def _history_with(self, plan: Plan) -> History | None:
+        if not self._policy.history:
+            return None
+        if self._past.history is None:
+            times = torch.zeros_like(self.scores, dtype=torch.int32)
+            latest = times - 1
+        else:
+            times, latest = self._past.history.times, self._past.history.latest
+        order = plan.indices
+        once = torch.ones_like(order, dtype=torch.int32)
+        return History(
+            order, times.index_add(0, order, once), latest.index_fill(0, order, plan.epoch)
+        )
+
     def _draw_all(self, epoch: int) -> Plan:
         device, key = self.scores.device, _mix(self.seed, epoch)
         kernels = triton_kernels(device)
@@ -219,23 +241,27 @@ class InfoBatch:
     def _draw(
         self, epoch: int, budget: Budget, batch_size: int | None
     ) -> tuple[Plan, Mapping[str, Tensor]]:
-        scores, key, policy = self.scores, _mix(self.seed, epoch), self._policy
+        scores, policy, view = self.scores, self._policy, self._view(epoch, budget)
         kernels = triton_kernels(scores.device)
-        view = View(scores, epoch, self._tail, budget, key, self._past.last, self._past.memory)
         limit = None
         if kernels is not None and policy.choose is soft and self._protected is None:
             # It needs no mask: the kernel compares as it goes.
             choice, limit = Choice(scores), kernels.threshold(scores)
         else:
             choice = self._choice(view)
+        positions = choice.prunable
         if choice.priority is not None:
             kernels = None  # they draw uniformly
-        positions = choice.prunable
-        if kernels is not None:
-            positions, count = kernels.partition(choice.prunable, limit)
+            unknown = (positions & choice.priority.isnan()).any()
+            count = positions.count_nonzero() - (scores.numel() + 1) * unknown
+        elif kernels is not None:
+            positions, count = kernels.partition(positions, limit)
         else:
-            count = choice.prunable.count_nonzero()
+            count = positions.count_nonzero()
         n = int(count)  # the epoch's one host sync: K sizes the plan and the loader
+        if n < 0:
+            name = self.pruning.policy
+            raise ValueError(f"priority of policy {name} must not be NaN where prunable, got NaN")
         if n == 0:
             if self.plan is not None and self.plan.epoch < epoch and not self.recorded:
                 warnings.warn(
@@ -247,7 +273,7 @@ class InfoBatch:
         k = self._keep(n, budget.kept(n), batch_size)
         weight = n / k if self.pruning.rescale and policy.unbiased else 1.0
         if kernels is not None:
-            indices, weights = kernels.choose(positions, n, k, weight, key)
+            indices, weights = kernels.choose(positions, n, k, weight, view.key)
         else:
             indices, weights = reference.choose(
                 positions, n, k, weight, view.generator, choice.priority
@@ -265,9 +291,26 @@ class InfoBatch:
         self._expect(f"prunable of policy {name}", choice.prunable, torch.bool)
         self._expect(f"priority of policy {name}", choice.priority, torch.float32)
         self._expect(f"weights of policy {name}", choice.weights, torch.float32)
+        expected, memory = self._policy.memory, choice.memory
+        if sorted(memory) != sorted(expected):
+            declared, got = (", ".join(sorted(names)) or "none" for names in (expected, memory))
+            raise ValueError(
+                f"memory of policy {name} must be as Policy(memory=...) names it, {declared}, "
+                f"got {got}"
+            )
+        for key, value in memory.items():
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise TypeError(f"memory {key} of policy {name} must be a tensor, got {kind}")
         if self._protected is not None:
             choice = choice._replace(prunable=choice.prunable & ~self._protected)
         return choice
+
+    def _of_all(self, name: str, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if given is not None:
+            given = torch.as_tensor(given, device=self.scores.device)
+            self._expect(name, given, dtype)
+        return given
 
     def _expect(self, name: str, given: Tensor | None, dtype: torch.dtype) -> None:
         shape = (self.num_samples,)
@@ -464,8 +507,8 @@ class InfoBatch:
             "epoch": self._epoch,
             "plan": None if plan is None else vars(plan).copy(),
             "recorded": self.recorded,
-            "past": {**self._past._asdict(), "memory": dict(self._past.memory)},
-            "after": {**self._after._asdict(), "memory": dict(self._after.memory)},
+            "past": _saved(self._past),
+            "after": _saved(self._after),
             **self._settings(),
         }
 
@@ -511,10 +554,17 @@ def _default_device() -> str:
     return f"cuda:{local}" if 0 <= local < torch.cuda.device_count() else "cuda"
 
 
+def _saved(past: _Past) -> dict[str, Any]:
+    history = None if past.history is None else vars(past.history).copy()
+    return {"memory": dict(past.memory), "history": history, "saved": past.saved}
+
+
 def _past_of(saved: Mapping[str, Any], device: torch.device) -> _Past:
     memory = {name: value.to(device) for name, value in saved["memory"].items()}
-    last = saved["last"]
-    return _Past(memory, None if last is None else last.to(device), saved["saved"])
+    history = saved["history"]
+    if history is not None:
+        history = History(**{name: value.to(device) for name, value in history.items()})
+    return _Past(memory, history, saved["saved"])
 
 
 def _onto(tensor: Tensor, device: torch.device) -> Tensor:

@@ -25,11 +25,26 @@ from infobatch_fast.kernels import reference
 
 POOL = 1.2  # of orderdp: samples drawn for each one kept
 WINDOW = 200  # of repb: samples in a row of an epoch, across which the model hardly changes
-SMOOTHING = 0.5  # of ucb: weight of the newest loss in mean and variance
+NEWEST = 0.8  # of ucb: weight of the newest loss in mean and variance
 CONFIDENCE = 1.0  # of ucb: deviations added to the mean
 GROUPS, SPAN = 5, 4  # of seta: groups of like loss, and how many in a row it draws from
 BINS = 1024  # of seta's histogram
-BLS_SMOOTHING = 0.5  # weight of the newest batch's mean loss
+BLS_NEWEST = 0.1  # weight of the newest batch's mean loss
+
+
+@dataclass(frozen=True)
+class History:
+    """The epochs that were drawn, as a policy sees them.
+
+    Attributes:
+        order: (K,) int64, the epoch before in its order.
+        times: (N,) int32, how many epochs each sample was in.
+        latest: (N,) int32, the last epoch that it was in, from 0.
+    """
+
+    order: Tensor
+    times: Tensor
+    latest: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,8 @@ class View:
             without annealing.
         budget: how many of n prunable samples are kept, `budget.kept_on_device(n)`.
         key: a function of (seed, epoch), which `generator` starts from.
-        last: (K,) int64, the epoch before in its order; None before the first, and for a policy
-            that keeps no memory.
+        history: the epochs before; None for a policy that does not ask for it.
+        labels: (N,) int64, if the `InfoBatch` was given them.
         memory: what the policy left in the `Choice` of the epoch before; empty at first.
     """
 
@@ -53,7 +68,8 @@ class View:
     tail: int
     budget: Budget
     key: int
-    last: Tensor | None = None
+    history: "History | None" = None
+    labels: Tensor | None = None
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -95,12 +111,14 @@ class Policy:
             for rounding to whole samples; r is the ratio. `Plan.expected_saving` is its value.
         unbiased: whether, with rescaling, the expected gradient of an epoch is that of all data.
         memory: names of the tensors that it remembers from epoch to epoch.
+        history: whether it asks for the view's.
     """
 
     choose: Callable[[View], Choice]
     saving: str
     unbiased: bool = False
     memory: tuple[str, ...] = ()
+    history: bool = False
 
 
 def soft(view: View) -> Choice:
@@ -136,58 +154,52 @@ def orderdp(view: View) -> Choice:
 def repb(view: View) -> Choice:
     """RePB (ICLR 2026): judged against the batch that the sample was last trained in.
 
-    Of the samples below the mean of their window of the epoch before, all of whose losses one
-    state of the model gave, a uniform part is kept; a sample that sat out is readmitted. A sample's
-    weight is the epochs drawn over those that it was drawn for, which evens out over time.
+    Prunable are the samples below the mean of their window of the epoch before, all of whose losses
+    one state of the model gave, and those that sat it out, which so come back with probability
+    1 - r. A sample's weight is the epochs drawn over those that it was drawn for, which evens out
+    over time. In the source each sample has a draw of its own; here k of n are kept, exactly.
     """
-    scores, last = view.scores, view.last
-    none_yet = torch.zeros_like(scores, dtype=torch.int32)
-    drawn = view.memory.get("drawn", none_yet)
-    epochs = view.memory.get("epochs", none_yet.sum())
-    if last is None:
-        return Choice(none_yet.bool(), memory={"drawn": drawn, "epochs": epochs})
-    used = scores.index_select(0, last).double()  # a mean of equal scores must equal them
+    scores, history = view.scores, view.history
+    if history is None:
+        return Choice(torch.zeros_like(scores, dtype=torch.bool))
+    order = history.order
+    used = scores.index_select(0, order).double()  # a mean of equal scores must equal them
     rows = F.pad(used, (0, -used.numel() % WINDOW), value=torch.nan).view(-1, WINDOW)
     below = (rows < rows.nanmean(1, keepdim=True)).view(-1)[: used.numel()]
-    prunable = torch.zeros_like(scores, dtype=torch.bool).index_copy(0, last, below)
-    times = torch.ones_like(last, dtype=torch.int32)
-    drawn = drawn.index_add(0, last, times)
-    epochs = epochs + 1
-    weights = ((epochs + 1) / (drawn + 1)).float()
-    return Choice(prunable, weights=weights, memory={"drawn": drawn, "epochs": epochs})
+    prunable = view.seen.index_copy(0, order, below)
+    weights = ((view.epoch + 1) / (history.times.double() + 1)).float()
+    return Choice(prunable, weights=weights)
 
 
 def ucb(view: View) -> Choice:
     """UCB (arXiv:2111.12621): the samples whose mean loss plus deviation is low go.
 
-    Mean and variance are exponential ones of the losses that the sample had when trained on.
+    Mean and variance are exponential ones of the losses that the sample had when trained on, both
+    from 0: a sample that was in few epochs has a large deviation.
     """
     scores = view.scores
-    unknown = torch.full_like(scores, torch.nan)
-    mean, variance = (view.memory.get(name, unknown) for name in ("mean", "variance"))
-    if view.last is not None:
-        trained = torch.zeros_like(scores, dtype=torch.bool).index_fill(0, view.last, True)
-        trained &= view.seen
+    mean, variance = (
+        view.memory.get(name, torch.zeros_like(scores)) for name in ("mean", "variance")
+    )
+    if view.history is not None:
+        trained = torch.zeros_like(view.seen).index_fill(0, view.history.order, True) & view.seen
         step = scores - mean
-        later = mean.isfinite()
-        new_mean = torch.where(later, mean + SMOOTHING * step, scores)
-        spread = (1 - SMOOTHING) * (variance + SMOOTHING * step.square())
-        new_variance = torch.where(later, spread, 0.0)
-        mean = torch.where(trained, new_mean, mean)
-        variance = torch.where(trained, new_variance, variance)
-    prunable = view.seen & mean.isfinite()
+        mean = torch.where(trained, mean + NEWEST * step, mean)
+        variance = torch.where(trained, variance + NEWEST * (step.square() - variance), variance)
     priority = mean + CONFIDENCE * variance.sqrt()
-    return Choice(prunable, priority=priority, memory={"mean": mean, "variance": variance})
+    return Choice(view.seen, priority=priority, memory={"mean": mean, "variance": variance})
 
 
 def seta(view: View) -> Choice:
     """SeTa (CVPR 2025): a uniform part of a window that slides over groups from easy to hard.
 
-    The window is `SPAN` of `GROUPS` groups of like loss, and moves on by one each epoch; where it
-    holds fewer than k samples the nearest groups fill up. Groups come from a histogram in the
-    place of k-means: a group's share of the cube root of the density is the same for all, which is
-    what k-means tends to in one dimension (a score far beyond all others leaves these few bins).
-    In the tail, without annealing, it draws from all.
+    The window is `SPAN` of `GROUPS` groups of like loss, and moves on by one each epoch. In the
+    source a uniform part of all is grouped, and what lies outside the window goes too, so that the
+    number varies; here k are kept, and where the window holds fewer the nearest groups fill up.
+    Groups come from a histogram in the place of k-means: a group's share of the cube root of the
+    density is the same for all, which is what k-means tends to in one dimension (a score far beyond
+    all others leaves these few bins). The source's last epochs are of a uniform part, which here is
+    what --no-anneal does.
     """
     seen, scores = view.seen, view.scores
     if view.epoch >= view.tail:
@@ -202,7 +214,7 @@ def seta(view: View) -> Choice:
     before = share.cumsum(0) - share / 2
     groups = (GROUPS * before / share.sum()).nan_to_num(0.0).long().clamp(max=GROUPS - 1)
     group = groups.index_select(0, bins)
-    first = (view.epoch - 1) % (GROUPS - SPAN + 1)
+    first = view.epoch % (GROUPS - SPAN + 1)
     outside = (first - group).clamp(min=0) + (group - first - SPAN + 1).clamp(min=0)
     return Choice(seen, priority=-outside.float())
 
@@ -217,12 +229,8 @@ POLICIES: dict[str, Policy] = {
     "random": Policy(random, "r", unbiased=True),
     "hard": Policy(hard, "r"),
     "orderdp": Policy(orderdp, "r"),
-    "repb": Policy(
-        repb,
-        "r P(trained on in the epoch before, and score < mean of its window)",
-        memory=("drawn", "epochs"),
-    ),
-    "ucb": Policy(ucb, "r", memory=("mean", "variance")),
+    "repb": Policy(repb, "r P(sat out, or score < mean of its window)", history=True),
+    "ucb": Policy(ucb, "r", memory=("mean", "variance"), history=True),
     "seta": Policy(seta, "r"),
     "none": Policy(none, "0", unbiased=True),
 }
@@ -250,7 +258,7 @@ def find(name: str) -> Policy:
         choose: Callable[[View], Choice] = found
         if not callable(choose):
             raise ValueError(f"policy {name} must be a function of a View, got {found!r:.60}")
-        return Policy(choose, "r")
+        return Policy(choose, "r", history=True)
     if name not in POLICIES:
         raise ValueError(unknown_name("policy", name, [*POLICIES, "module:function"]))
     if not isinstance(POLICIES[name], Policy):
@@ -267,6 +275,10 @@ def loss_score(before: Tensor, losses: Tensor) -> Tensor:
 def bls(before: Tensor, losses: Tensor) -> Tensor:
     """BLS (CVPR 2026): the exponential mean of the batch's mean loss, each time it was in one.
 
+    It begins with the mean of the sample's first batch. The source, which has no losses of samples,
+    trains on that mean times the batch's mean weight, as `update` does of a loss (); of losses (B,)
+    each has its own weight, which is what makes them unbiased.
+
     Args:
         before: (B,) float32, the samples' scores so far, NaN where there is none.
         losses: (B,) floating.
@@ -276,7 +288,7 @@ def bls(before: Tensor, losses: Tensor) -> Tensor:
     """
     finite = losses.isfinite()
     mean = losses.where(finite, 0.0).sum() / finite.sum()
-    blended = torch.where(before.isfinite(), before + BLS_SMOOTHING * (mean - before), mean)
+    blended = torch.where(before.isfinite(), before + BLS_NEWEST * (mean - before), mean)
     return torch.where(finite, blended, torch.nan).to(losses.dtype)
 
 

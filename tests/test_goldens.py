@@ -24,12 +24,12 @@ GOLDENS = {
     "random": "6bce5a14b2d110a2",
     "hard": "4388a3bbf2a4dd1f",
     "orderdp": "fdd4dde2da454712",
-    "repb": "5843a3b81734f0fd",
-    "ucb": "98a19186af357b17",
-    "seta": "f3e011b28b131501",
+    "repb": "39b5ffff67659dc5",
+    "ucb": "3460849d406f4681",
+    "seta": "518429de47398429",
     "none": "62c849dfc383e098",
     "target": "1df25f91d5c61f27",
-    "bls, pods": "32da01a823292cc0",
+    "bls, pods": "f9fc8b9a58badd15",
     "ablation": "c9baa80e22c224fb",
 }
 

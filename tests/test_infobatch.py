@@ -370,7 +370,7 @@ def test_a_run_goes_on_from_its_state(tmp_path, kwargs: dict) -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"version": 99}, "version of the state must be 3, got 99"),
+        ({"version": 99}, "version of the state must be 4, got 99"),
         ({"ratio": 0.3}, "ratio of the state must be 0.5, got 0.3"),
         ({"num_samples": 6}, "num_samples of the state must be 5, got 6"),
         ({"policy": "hard"}, "policy of the state must be soft, got hard"),

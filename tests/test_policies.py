@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from infobatch_fast import infobatch as infobatch_module
 from infobatch_fast.budget import Budget
 from infobatch_fast.kernels import reference, twin
 from infobatch_fast.plan import Plan
-from infobatch_fast.policies import POLICIES, Choice, Policy, View
+from infobatch_fast.policies import POLICIES, Choice, History, Policy, View
 from infobatch_fast.pruning import UNWEIGHTED
 from infobatch_fast.telemetry.syncs import host_syncs
 
@@ -87,9 +88,16 @@ def make(n: int, policy: str, *, epochs: int = EPOCHS, **kwargs) -> InfoBatch:
     return InfoBatch(n, epochs, **{"delta": 1.0, "device": "cpu", "policy": policy, **kwargs})
 
 
-def view_of(scores: np.ndarray, ratio: float = 0.5, seed: int = 0, **kwargs) -> View:
+def history_of(order: torch.Tensor, n: int) -> History:
+    once = torch.zeros(n, dtype=torch.int32).index_fill(0, order, 1)
+    return History(order, once, once - 1)
+
+
+def view_of(scores: np.ndarray, order: torch.Tensor | None = None, **kwargs) -> View:
     tensor = torch.from_numpy(scores.astype(np.float32))
-    return View(tensor, **{"epoch": 1, "tail": 9, **kwargs}, budget=Budget(ratio), key=seed)
+    history = None if order is None else history_of(order, len(scores))
+    kwargs = {"epoch": 1, "tail": 9, **kwargs, "history": history}
+    return View(tensor, **kwargs, budget=Budget(0.5), key=0)
 
 
 # The brute-force forms: of the epochs so far and the scores, the samples that may be left out, a
@@ -132,8 +140,8 @@ def hard(history: list[Past], scores: list[float]) -> Brute:
 
 
 def repb(history: list[Past], scores: list[float]) -> Brute:
-    may_go: set[int] = set()
     last = history[-1].order
+    may_go = seen(scores) - set(last)
     for start in range(0, len(last), 200):
         may_go |= below_mean({i: scores[i] for i in last[start : start + 200]})
     times = [0] * len(scores)
@@ -153,11 +161,10 @@ def ucb(history: list[Past], scores: list[float]) -> Brute:
                 had.setdefault(i, []).append(loss)
     rank = {}
     for i, losses in had.items():
-        # Halves from the last on; the first has what they leave.
-        share = [0.5 ** (len(losses) - max(j, 1)) for j in range(len(losses))]
-        assert sum(share) == 1
-        mean = sum(s * x for s, x in zip(share, losses, strict=True))
-        variance = sum(s * (x - mean) ** 2 for s, x in zip(share, losses, strict=True))
+        mean = variance = 0.0
+        for loss in losses:
+            variance = 0.2 * variance + 0.8 * (loss - mean) ** 2
+            mean = 0.2 * mean + 0.8 * loss
         rank[i] = mean + math.sqrt(variance)
     return Brute(seen(scores), rank, ones(scores))
 
@@ -206,7 +213,7 @@ def check_plan(plan: Plan, brute: Brute, n: int, ratio: float) -> None:
 
 def test_every_policy_has_a_brute_force_form() -> None:
     assert list(BRUTE) == list(POLICIES)
-    assert [name for name, policy in POLICIES.items() if policy.memory] == list(REMEMBERS)
+    assert [name for name, policy in POLICIES.items() if policy.history] == list(REMEMBERS)
 
 
 @pytest.mark.usefixtures("way")
@@ -243,7 +250,7 @@ def test_policies_do_prune_and_differ() -> None:
         assert len(gone[name]) == finite - round(finite / 2)
     assert len(gone["soft"]) == below - round(below / 2)
     assert abs(len(gone["repb"]) - len(gone["soft"])) < 30
-    assert gone["hard"] == gone["ucb"]  # after one epoch there is no deviation yet
+    assert gone["hard"] == gone["ucb"]  # after one epoch the deviation goes with the loss
     assert len(set(gone.values())) == len(POLICIES) - 1
 
 
@@ -367,13 +374,14 @@ def test_orderdp_keeps_each_rank_as_often_as_a_uniform_pool_would() -> None:
 # repb
 
 
-def test_repb_readmits_and_never_leaves_out_twice_running() -> None:
+def test_repb_readmits_by_lot_and_weights_by_times_drawn() -> None:
     losses = losses_of(1000, 12, "gamma")
     plans = run(make(1000, "repb", epochs=12, ratio=0.8), losses, range(12))
     kept = np.zeros((12, 1000), bool)
     for epoch, plan in enumerate(plans):
         kept[epoch, plan.indices.numpy()] = True
-    assert (kept[:-1] | kept[1:]).all()
+    back = kept[2:][~kept[1:-1]].mean()
+    assert 0.15 < back < 0.25  # 1 - r of those that sat out
     by_hand = [len(plans) / kept[:, i].sum() for i in range(1000) if kept[-1, i]]
     last = dict(zip(plans[-1].indices.tolist(), plans[-1].weights.tolist(), strict=True))
     assert [last[i] for i in range(1000) if kept[-1, i]] == pytest.approx(by_hand, rel=1e-6)
@@ -382,17 +390,16 @@ def test_repb_readmits_and_never_leaves_out_twice_running() -> None:
 def test_repb_means_are_of_windows_in_the_order_trained() -> None:
     # In order of number the windows' means are 0.5, 1000.5 and 2000: of 0s and 1s, and so on.
     scores = np.concatenate([np.arange(400) % 2 + np.arange(400) // 200 * 1000, np.full(10, 2000)])
-    drawn = policies.repb(view_of(scores, last=torch.arange(410))).prunable.tolist()
+    drawn = policies.repb(view_of(scores, order=torch.arange(410))).prunable.tolist()
     assert drawn == [i < 400 and i % 2 == 0 for i in range(410)]
     # Alternating, of each window half are of the low 200 or all high.
     mixed = torch.tensor([*np.arange(400).reshape(2, 200).T.reshape(-1), *range(400, 410)])
-    assert policies.repb(view_of(scores, last=mixed)).prunable.tolist() == [
+    assert policies.repb(view_of(scores, order=mixed)).prunable.tolist() == [
         i < 200 for i in range(410)
     ]
-    # Of those that sat out nothing is known of now.
-    some = policies.repb(view_of(scores, last=torch.arange(0, 400, 3))).prunable
-    assert not some[torch.arange(410) % 3 != 0].any()
-    assert some.any()
+    some = policies.repb(view_of(scores, order=torch.arange(0, 400, 3))).prunable
+    assert some[torch.arange(410) % 3 != 0].all()  # those that sat out
+    assert not some[:400:3].all()
     assert not policies.repb(view_of(scores)).prunable.any()
 
 
@@ -406,21 +413,22 @@ def test_repb_without_rescaling_has_weights_of_one() -> None:
 
 
 def test_ucb_by_hand() -> None:
-    scores = torch.tensor([4.0, 4.0, 4.0, torch.nan])
-    first = policies.ucb(View(scores, 1, 9, Budget(0.5), 0, torch.arange(4), {}))
+    scores = torch.tensor([5.0, 5.0, 5.0, torch.nan])
+    first = policies.ucb(View(scores, 1, 9, Budget(0.5), 0, history_of(torch.arange(4), 4)))
     assert first.prunable.tolist() == [True, True, True, False]
-    assert first.memory["mean"].tolist()[:3] == [4, 4, 4]
-    assert first.memory["variance"].tolist()[:3] == [0, 0, 0]
+    assert first.memory["mean"].tolist() == [4, 4, 4, 0]
+    assert first.memory["variance"].tolist() == [20, 20, 20, 0]
     # Samples 0, 2 and 3 are trained on, 2 with a loss that is not finite.
-    scores = torch.tensor([8.0, 4.0, torch.nan, 2.0])
-    last = torch.tensor([3, 0, 2])
-    again = policies.ucb(View(scores, 2, 9, Budget(0.5), 0, last, first.memory))
+    scores = torch.tensor([9.0, 5.0, torch.nan, 10.0])
+    history = history_of(torch.tensor([3, 0, 2]), 4)
+    again = policies.ucb(View(scores, 2, 9, Budget(0.5), 0, history, memory=first.memory))
     assert again.prunable.tolist() == [True, True, False, True]
-    assert again.memory["mean"].tolist() == [6, 4, 4, 2]
-    assert again.memory["variance"].tolist() == [4, 0, 0, 0]
+    assert again.memory["mean"].tolist() == [8, 4, 4, 8]
+    assert again.memory["variance"].tolist() == [24, 20, 20, 80]
     assert again.priority is not None
-    assert again.priority[again.prunable].tolist() == [8, 4, 2]
-    assert first.memory["mean"].tolist()[:3] == [4, 4, 4]  # not written to
+    expected = [8 + math.sqrt(24), 4 + math.sqrt(20), 8 + math.sqrt(80)]
+    assert again.priority[again.prunable].tolist() == pytest.approx(expected)
+    assert first.memory["mean"].tolist() == [4, 4, 4, 0]  # not written to
 
 
 # seta
@@ -461,7 +469,7 @@ def test_seta_groups_and_its_window(monkeypatch) -> None:
         share[group] = np.cbrt(np.histogram(members, edges)[0]).sum()
     assert np.abs(share / share.sum() - 0.2).max() < 0.005
     for epoch in (1, 2, 3, 4):
-        first = (epoch - 1) % 2  # four groups of five: they are 0 to 3, then 1 to 4
+        first = epoch % 2  # four groups of five: they are 1 to 4, then 0 to 3
         choice = policies.seta(view_of(scores, epoch=epoch))
         assert choice.priority is not None
         inside = {i for i in groups if first <= groups[i] < first + 4}
@@ -472,7 +480,7 @@ def test_seta_groups_and_its_window(monkeypatch) -> None:
         choice = policies.seta(view_of(scores, epoch=epoch))
         assert choice.prunable.tolist() == [i in groups for i in range(5000)]
         assert choice.priority is not None
-        center = (epoch - 1) % 5
+        center = epoch % 5
         for i, group in groups.items():
             assert choice.priority[i] == -abs(group - center)
 
@@ -483,11 +491,11 @@ def test_seta_draws_from_its_window_and_fills_up_from_the_nearest() -> None:
     members = [sum(group == g for group in groups.values()) for g in range(5)]
     assert max(members) - min(members) <= 3
     counts = kept_counts("seta", scores, 1000, ratio=0.5)
-    window = np.array([groups[i] < 4 for i in range(200)])
+    window = np.array([groups[i] > 0 for i in range(200)])
     assert counts.sum() == 1000 * 100
     assert (counts[~window] == 0).all()
     assert_equally_often(counts[window], 1000, 100 / window.sum())
-    # Keeping 190, the window is kept whole, and of the fifth group all but ten.
+    # Keeping 190, the window is kept whole, and of the first group all but ten.
     counts = kept_counts("seta", scores, 1000, ratio=0.05)
     assert (counts[window] == 1000).all()
     assert_equally_often(counts[~window], 1000, 1 - 10 / (~window).sum())
@@ -560,14 +568,13 @@ def test_policies_write_to_nothing_and_wait_for_nothing(name: str, way: str, mon
     calls = []
 
     def watched(view: View) -> Choice:
-        before = copy.deepcopy((view.scores, dict(view.memory), view.last))
+        before = copy.deepcopy((view.scores, dict(view.memory), view.history))
         with host_syncs(CPU, "forbid"):
             choice = policy.choose(view)
         calls.append((view, before, choice))
         return choice
 
-    entry = Policy(watched, policy.saving, policy.unbiased, policy.memory)
-    monkeypatch.setitem(POLICIES, name, entry)
+    monkeypatch.setitem(POLICIES, name, replace(policy, choose=watched))
     infobatch = make(127, name)
     losses = losses_of(127, EPOCHS, "gamma")
     for epoch in range(EPOCHS):
@@ -579,14 +586,14 @@ def test_policies_write_to_nothing_and_wait_for_nothing(name: str, way: str, mon
         torch.testing.assert_close(infobatch.scores, before, rtol=0, atol=0, equal_nan=True)
         train_on(infobatch, plan, losses[epoch])
     assert len(calls) == (0 if name == "none" else EPOCHS)
-    for epoch, (view, (_, memory, last), choice) in enumerate(calls):
+    for epoch, (view, (_, memory, history), choice) in enumerate(calls):
         assert view.epoch == epoch
         assert set(choice.memory) == set(policy.memory)
         assert set(memory) == (set(policy.memory) if epoch else set())
-        assert (last is None) == (not policy.memory or epoch == 0)
+        assert (history is None) == (not policy.history or epoch == 0)
         torch.testing.assert_close(view.memory, memory, rtol=0, atol=0, equal_nan=True)
-        if last is not None:
-            assert torch.equal(view.last, last)
+        if history is not None:
+            torch.testing.assert_close(vars(view.history), vars(history), rtol=0, atol=0)
 
 
 def same(one: Plan, other: Plan) -> bool:
@@ -640,13 +647,13 @@ def test_bls_by_hand() -> None:
     assert infobatch.scores[3] == 3
     assert infobatch.scores[[2, 4]].isnan().all()
     infobatch.update(torch.tensor([1.0, 3.0]), Batch(torch.tensor([3, 4]), torch.ones(2)))
-    assert infobatch.scores[3] == 3 + 0.5 * (2 - 3)
+    assert infobatch.scores[3] == pytest.approx(3 + 0.1 * (2 - 3))
     assert infobatch.scores[4] == 2
     # A loss that is not finite is not in the mean, and its sample is kept.
     batch = Batch(torch.tensor([0, 1, 2, 3]), torch.tensor([9.0, 1, 1, 1]))
     infobatch.update(torch.tensor([math.nan, 5.0, math.inf, 1.0]), batch)
     assert infobatch.scores[[0, 2]].isnan().all()
-    assert infobatch.scores[[1, 3, 4]].tolist() == [3, 2.75, 2]
+    assert infobatch.scores[[1, 3, 4]].tolist() == pytest.approx([3, 2.91, 2])
     infobatch.update(torch.tensor([math.nan]), Batch(torch.tensor([4]), torch.ones(1)))
     assert infobatch.scores[4].isnan()
     # It begins anew.
@@ -676,12 +683,80 @@ def test_bls_of_a_skipped_step_keeps_the_scores() -> None:
     infobatch.record(torch.tensor([9.0, 8.0]), batch, torch.ones(()))
     assert infobatch.scores.tolist() == [1, 2, 3]
     infobatch.record(torch.tensor([9.0, 8.0]), batch, torch.zeros(1))
-    assert infobatch.scores.tolist() == [1, 5.25, 5.75]
+    assert infobatch.scores.tolist() == pytest.approx([1, 2.65, 3.55])
     with host_syncs(CPU, "forbid"):
         infobatch.update(torch.tensor([9.0, 8.0]), batch)
 
 
 # A policy of one's own: one function and one line
+
+
+def history_kept(view: View) -> Choice:
+    """Gives what it was shown as memory, for the test to look at."""
+    nothing, history = torch.zeros(()), view.history
+    times, latest = (nothing, nothing) if history is None else (history.times, history.latest)
+    return Choice(view.seen, memory={"times": times, "latest": latest})
+
+
+def test_history_counts_full_epochs_too(monkeypatch) -> None:
+    monkeypatch.setitem(
+        POLICIES, "mine", Policy(history_kept, "r", memory=("times", "latest"), history=True)
+    )
+    # The first is full, those in the middle prune, the last two are full.
+    infobatch = make(100, "mine", epochs=8, delta=0.75)
+    losses = losses_of(100, 8, "gamma")
+    times, latest = torch.zeros(100), torch.full((100,), -1)
+    for epoch in range(8):
+        plan = infobatch.sample(epoch)
+        assert (len(plan) == 100) == (epoch in (0, 6, 7))
+        if epoch:
+            memory = infobatch.state_dict()["after"]["memory"]
+            assert memory["times"].tolist() == times.tolist()
+            assert memory["latest"].tolist() == latest.tolist()
+        times[plan.indices] += 1
+        latest[plan.indices] = epoch
+        train_on(infobatch, plan, losses[epoch])
+
+
+def test_ucb_learns_from_a_full_epoch() -> None:
+    infobatch = make(50, "ucb", epochs=8, delta=0.5)
+    losses = losses_of(50, 8, "grid")
+    for epoch in range(5):
+        train_on(infobatch, infobatch.sample(epoch), losses[epoch])
+    before = infobatch.state_dict()["after"]["memory"]["mean"]
+    infobatch.sample(5)  # the sixth is full, as the fifth was
+    after = infobatch.state_dict()["after"]["memory"]["mean"]
+    seen = infobatch.scores.isfinite()
+    torch.testing.assert_close(after[seen], (0.2 * before + 0.8 * infobatch.scores)[seen])
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"memory": {"b": torch.ones(9)}}, "memory of policy mine .* a, got b"),
+        ({"memory": {}}, "memory of policy mine .* a, got none"),
+        ({"memory": {"a": 3}}, "memory a of policy mine must be a tensor, got int"),
+        ({"priority": torch.full((9,), torch.nan)}, "priority of policy mine .* NaN"),
+        ({"priority": torch.ones(8)}, "priority of policy mine must be .*9"),
+    ],
+)
+def test_what_a_policy_may_not_give(monkeypatch, choice: dict, words: str) -> None:
+    fit = {"memory": {"a": torch.ones(())}, **choice}
+    entry = Policy(lambda view: Choice(view.seen, **fit), "r", memory=("a",))
+    monkeypatch.setitem(POLICIES, "mine", entry)
+    infobatch = make(9, "mine")
+    infobatch.scores.fill_(1.0)
+    with pytest.raises((TypeError, ValueError), match=words):
+        infobatch.sample(1)
+
+
+def test_labels_reach_a_policy(monkeypatch) -> None:
+    labels = torch.arange(12) % 3
+    monkeypatch.setitem(POLICIES, "third", Policy(lambda view: Choice(view.labels == 2), "r"))
+    plan = make(12, "third", labels=labels).sample(1)
+    assert plan.num_prunable == 4
+    with pytest.raises(ValueError, match=r"labels must be torch.int64 of shape \(12,\)"):
+        make(12, "soft", labels=labels[:3])
 
 
 def easiest_first(view: View) -> Choice:

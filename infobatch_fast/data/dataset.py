@@ -3,6 +3,7 @@
 Dimensions: N training samples, M test samples.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,18 +28,50 @@ class Dataset:
     classes: tuple[str, ...] | None = None  # names, by label
 
     def part(self, fraction: float) -> "Dataset":
-        """A share in (0, 1] of both splits, of each at least one image: the same for every seed."""
+        """A share in (0, 1] of the training images, at least one: the same for every seed."""
         if fraction == 1:
             return self
-        taken = {}
-        for images, labels in (("images", "labels"), ("test_images", "test_labels")):
-            number = getattr(self, labels).numel()
-            drawn = torch.randperm(number, generator=torch.Generator().manual_seed(number))
-            some = drawn[: max(1, round(fraction * number))].sort().values
-            for name in (images, labels):
-                tensor = getattr(self, name)
-                taken[name] = tensor[some.to(tensor.device)]
-        return replace(self, **taken)
+        some = self._order()[: max(1, round(fraction * self.labels.numel()))].sort().values
+        return replace(self, images=self.images[some], labels=self.labels[some])
+
+    def with_validation(self, number: int) -> "Dataset":
+        """With training images held out, the same for every seed, in the place of the test set."""
+        if number == 0:
+            return self
+        order = self._order()
+        kept, held = order[:-number].sort().values, order[-number:].sort().values
+        return replace(
+            self,
+            images=self.images[kept],
+            labels=self.labels[kept],
+            test_images=self.images[held],
+            test_labels=self.labels[held],
+        )
+
+    def with_label_noise(self, share: float, seed: int) -> "Dataset":
+        """With that share of the training labels wrong, each another class with equal chances."""
+        if share == 0:
+            return self
+        number, generator = self.labels.numel(), torch.Generator().manual_seed(seed)
+        wrong = torch.randperm(number, generator=generator)[: round(share * number)]
+        other = torch.randint(1, self.num_classes, wrong.shape, generator=generator)
+        wrong, other = wrong.to(self.labels.device), other.to(self.labels.device)
+        labels = self.labels.clone()
+        labels[wrong] = (labels[wrong] + other) % self.num_classes
+        return replace(self, labels=labels)
+
+    def _order(self) -> Tensor:
+        """Of the training samples, at random."""
+        number = self.labels.numel()
+        drawn = torch.randperm(number, generator=torch.Generator().manual_seed(number))
+        return drawn.to(self.labels.device)
+
+    def fingerprint(self) -> str:
+        """A hash of the training images and labels, in their order."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().numpy())  # pyright: ignore
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data with its four tensors on `device`."""

@@ -199,6 +199,8 @@ def _setting(run: Run) -> dict[str, Any]:
     }
     data = {"genuine": "published"}.get(run.record.data, run.record.data)  # its older name
     setting["data_fraction"] = config.get("data_fraction", 1.0)
+    if not config.get("label_noise"):  # which wrong ones follows the seed
+        setting["data_hash"] = run.record.data_hash
     return setting | {"data": data, "source": run.record.source_hash[:8]}
 
 

@@ -74,6 +74,7 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
             about = records.RunRecord(
                 config=settings.recorded(),
                 data=data.source,
+                data_hash=None if data.source == "synthetic" else data.fingerprint(),
                 samples={"train": data.labels.numel(), "test": data.test_labels.numel()},
                 classes=None if data.classes is None else list(data.classes),
                 **record.provenance(device),
@@ -153,20 +154,31 @@ def load_data(
     if name != "synthetic":
         try:
             data = load_cifar(name, settings.data_dir or default_data_dir())
-            return data.part(settings.data_fraction).to(device)
+            return _as_asked(data, settings).to(device)
         except DataMissing as missing:
             named = settings.dataset or settings.data_dir or os.environ.get("INFOBATCH_DATA")
             if not stand_in or settings.preset != "quick" or named:
                 raise
             say(f"WARNING: {missing}")
             say("WARNING: taking SYNTHETIC data instead; the accuracy will say nothing of CIFAR-10")
-    return make_synthetic(
+    data = make_synthetic(
         settings.synthetic_samples,
         max(1, settings.synthetic_samples // 5),
         settings.synthetic_classes,
         seed=settings.seed,
         device=device,
-    ).part(settings.data_fraction)
+    )
+    return _as_asked(data, settings)
+
+
+def _as_asked(data: Dataset, settings: Config) -> Dataset:
+    data = data.part(settings.data_fraction)
+    if settings.validation >= (samples := data.labels.numel()):
+        raise UserError(
+            f"validation must be below the {samples} training images, got {settings.validation}"
+        )
+    data = data.with_validation(settings.validation)
+    return data.with_label_noise(settings.label_noise, settings.seed)
 
 
 def _recorded(folder: Path) -> Config:

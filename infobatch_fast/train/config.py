@@ -19,7 +19,7 @@ UNRECORDED = ("data_dir", "out", "resume", "evaluate")
 # What --resume may change: none of it alters which samples are trained on, or how. A device does:
 # its generators draw other plans from the same seed.
 RESUMABLE = ("data_dir", "loader", "checkpoint_every", "eval_every", "telemetry", "host_syncs")
-EVALUABLE = ("data_dir", "device")
+EVALUABLE = ("data_dir", "device", "validation")
 
 _FOLDER = tyro.conf.arg(metavar="PATH", help_behavior_hint="")
 _DATASET = tyro.conf.arg(metavar="{cifar10,cifar100,synthetic}", help_behavior_hint="")
@@ -53,8 +53,11 @@ class Config:
         dataset: synthetic is made on the device from the seed; default cifar10.
         data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
         loader: auto is DALI where it can be imported.
-        data_fraction: share of the training and test images to take, the same ones for every
-            seed, in (0, 1].
+        data_fraction: share of the training images to take, the same ones for every seed, in
+            (0, 1].
+        validation: training images to hold out, the same ones for every seed, and to evaluate on in
+            the place of the test set, so that nothing is picked on that.
+        label_noise: share of the training labels to make wrong, by the seed, in [0, 1).
         synthetic_samples: training samples of --dataset synthetic; a fifth as many for testing.
         synthetic_classes: classes of --dataset synthetic.
         seed: of the initialisation, the plans and the augmentation.
@@ -89,6 +92,8 @@ class Config:
     data_dir: Annotated[Path | None, _FOLDER] = None
     loader: Literal["auto", "dali", "torch"] = "auto"
     data_fraction: float = 1.0
+    validation: int = 0
+    label_noise: float = 0.0
     synthetic_samples: int = 50_000
     synthetic_classes: int = 10
     seed: int = 0
@@ -118,6 +123,8 @@ class Config:
             ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
             ("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1),
             ("data_fraction", "in (0, 1]", 0 < self.data_fraction <= 1),
+            ("validation", "at least 0", self.validation >= 0),
+            ("label_noise", "in [0, 1)", 0 <= self.label_noise < 1),
             ("synthetic_classes", "at least 2", classes >= 2),
             ("synthetic_samples", few, classes <= samples <= 2**40),
         ):

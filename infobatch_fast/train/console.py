@@ -9,7 +9,10 @@ from infobatch_fast.plan import Plan
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.records import EpochLine, Summary
 
-PRUNABLE = {"soft": "well-learned", "repb": "samples below the mean of their batch"}
+PRUNABLE = {
+    "soft": "well-learned",
+    "repb": "samples that sat out or are below the mean of their batch",
+}
 REACHED = 0.001  # of all samples: whole samples and batches need not meet a target exactly
 
 
@@ -39,7 +42,10 @@ def header(
     return [
         f"device     {device['name']}, {where}",
         f"data       {kind}: {data.labels.numel():,} training and {data.test_labels.numel():,} "
-        f"test images, {data.num_classes} classes, fed by {loader}",
+        f"{'held-out' if settings.validation else 'test'} images, {data.num_classes} classes, fed "
+        f"by {loader}"
+        + f", {settings.label_noise:.0%} of the labels wrong"
+        * bool(settings.label_noise),
         f"model      {settings.model}, {parameters:,} parameters, channels_last, {precision}"
         + (", compiled" if settings.compile else "")
         + (", steps as CUDA graphs" if settings.graph else ""),

@@ -56,7 +56,12 @@ def train(
     model = make_model(settings.model, data.num_classes, seed=settings.seed)
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     infobatch = InfoBatch(
-        samples, epochs, seed=settings.seed, device=device, **settings.pruning.settings()
+        samples,
+        epochs,
+        seed=settings.seed,
+        device=device,
+        labels=data.labels,
+        **settings.pruning.settings(),
     )
     phases = Phases(device, enabled=settings.telemetry)
     step = TrainStep(

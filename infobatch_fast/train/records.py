@@ -94,11 +94,13 @@ class Provenance:
 class RunRecord(Provenance):
     """config.json: what was asked for, of what data.
 
-    `data` is published, files or synthetic, and genuine in older records.
+    `data` is published, files or synthetic, and genuine in older records; `data_hash` is of the
+    training images and labels as they were trained on.
     """
 
     config: dict[str, Any]
     data: str
+    data_hash: str | None = None
     samples: dict[str, int] = field(default_factory=dict)
     classes: list[str] | None = None
 

@@ -150,6 +150,7 @@ def test_training_shorter_is_the_nearest_within_an_epoch(tmp_path: Path) -> None
         {"config": {"data_fraction": 0.5}},
         {"data": "synthetic"},
         {"data": "files"},
+        {"data_hash": "d4" * 8},
         {"source_hash": "c3" * 32},
         {"done": 3},
     ],

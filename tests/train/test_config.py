@@ -91,6 +91,8 @@ def soft_again(view):
         ("--target-saving 0.1 --policy none", "target_saving 0.1 policy none"),
         ("--target-saving 0.1 --delta 0", "target_saving 0.1 delta 0"),
         *((f"--data-fraction {value}", f"data_fraction (0, 1] {value}") for value in (0.0, 1.5)),
+        ("--validation -1", "validation at least 0 -1"),
+        ("--label-noise 1.0", "label_noise [0, 1) 1.0"),
         ("--model resnet18", "--model resnet18 r18"),
         ("--optimizer lasr", "--optimizer lasr lars"),
         ("--dataset cifar-10", "--dataset cifar-10 cifar10"),

@@ -429,10 +429,25 @@ def test_a_fraction_of_the_data(tmp_path, capsys, monkeypatch) -> None:
         assert run(*words, "--out", folder) == 0
         assert arrays_of(folder)["labels"].tolist() == whole.part(0.25).labels.tolist()
         about = records.read(RunRecord, folder / records.CONFIG)
-        assert about.samples == {"train": 30, "test": 6}
+        assert about.samples == {"train": 30, "test": 24}
     assert epochs_of(tmp_path / "0")[0]["loss"] != epochs_of(tmp_path / "1")[0]["loss"]
     assert main(["--evaluate", str(folder), "--device", "cpu"]) == 0
-    assert "on the 6 test images" in capsys.readouterr().out
+    assert "on the 24 test images" in capsys.readouterr().out
+
+
+def test_validation_and_label_noise(tmp_path, capsys, monkeypatch) -> None:
+    whole = make_synthetic(120, 24, 10, seed=0)
+    monkeypatch.setattr(command, "make_synthetic", lambda *args, **kwargs: whole)
+    folder = tmp_path / "run"
+    words = "--validation 20 --label-noise 0.3 --batch-size 10 --epochs 1 --seed 3".split()
+    assert run(*words, "--out", folder) == 0
+    assert "100 training and 20 held-out images" in (said := capsys.readouterr().out)
+    assert "30% of the labels wrong" in said
+    expected = whole.with_validation(20).with_label_noise(0.3, 3)
+    assert arrays_of(folder)["labels"].tolist() == expected.labels.tolist()
+    for words, images in (((), 20), (("--validation", "0"), 24)):
+        assert main(["--evaluate", str(folder), "--device", "cpu", *words]) == 0
+        assert f"on the {images} test images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -460,6 +475,7 @@ def test_a_run_whose_steps_were_skipped_is_no_good_one(tmp_path, capsys, words, 
         ("--ratio 1.5", "ratio 1.5"),
         ("--batch-size 121", "batch_size 120 121"),
         ("--data-fraction 1e-9", "batch_size data_fraction 1e-09 20"),
+        ("--validation 120", "validation 120"),
         ("--out {finished}", "out {finished} --resume"),
         ("--out file/run", "file/run"),
         ("--loader dali --out new", "DALI"),
