@@ -97,9 +97,9 @@ def per_sample(
         if mask.shape != losses.shape:
             shapes = f"{tuple(losses.shape)}, got {tuple(mask.shape)}"
             raise ValueError(f"mask must have the shape of the losses, {shapes}")
-        mask = mask.to(losses).flatten(1)
+        losses, mask = (each.reshape(batch_size, -1) for each in (losses, mask.to(losses)))
         # What is masked may be anything, NaN too.
-        summed = losses.flatten(1).masked_fill(mask == 0, 0.0).mul(mask).sum(1)
+        summed = losses.masked_fill(mask == 0, 0.0).mul(mask).sum(1)
         return summed / mask.sum(1).clamp(min=1)
     return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
 

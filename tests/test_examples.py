@@ -106,3 +106,18 @@ def test_accelerate(steps: list[float], tmp_path: Path) -> None:
     trained = len(steps)
     example.main([*flags, "--resume", str(tmp_path)])
     assert len(steps) == trained  # the run was complete
+
+
+@pytest.mark.parametrize("task", ["images", "texts", "language"])
+def test_hugging_face(task: str, steps: list[float], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("sklearn")
+    example = importlib.import_module("huggingface_trainer")
+    flags = [task, *TINY, "--out", str(tmp_path), "--accumulate", "2"]
+    metrics = example.main(flags)
+    assert metrics["eval_loss"] > 0
+    assert ("eval_accuracy" in metrics) == (task != "language")
+    assert 2 * 5 + 2 * 2 <= metrics["steps"] < 4 * 5
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    again = example.main([*flags, "--resume", str(checkpoint)])
+    assert again["steps"] == metrics["steps"]  # the run was complete
