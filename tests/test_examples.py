@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from infobatch_fast.train.schedule import one_cycle
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAIRS = ("timm_loop", "torchvision_loop")
 TINY = ["--epochs", "4", "--limit", "160", "--batch-size", "16", "--workers", "0"]
@@ -80,6 +82,15 @@ def test_the_reference_loop_resumes_with_its_scores(
     # Flips are not of a seed that the checkpoint has, so that the third epoch differs a little.
     assert len(steps) == pytest.approx(len(whole), abs=2)
     assert len(steps) < 4 * 10
+
+
+def test_the_quick_recipe_follows_the_trainers_rates(steps: list[float]) -> None:
+    assert 0 <= importlib.import_module("cifar_loop").main(TINY) <= 1
+    assert 2 * 10 + 2 * 5 <= len(steps) < 4 * 10
+    trainers = [one_cycle(step / 40, max_lr=0.4)[0] for step in range(40)]
+    # torch's one-cycle has its peak a step earlier.
+    assert steps[:10] == pytest.approx(trainers[:10], abs=0.04)
+    assert steps[-10:] == pytest.approx(trainers[-10:], abs=0.04)
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's, of workers and of its own dependencies
