@@ -245,14 +245,7 @@ def find(name: str) -> Policy:
     if not isinstance(name, str):
         raise TypeError(f"policy must be a name or 'module:function', got {type(name).__name__}")
     if ":" in name and name not in POLICIES:
-        module, _, function = name.partition(":")
-        sys.path.insert(0, "")  # as `python -m` has it: the user's folder
-        try:
-            found: Any = getattr(import_module(module), function)
-        except Exception as error:  # whatever the user's module raises
-            raise ValueError(f"policy {name} cannot be imported: {reason(error)}") from error
-        finally:
-            sys.path.remove("")
+        found = imported("policy", name)
         if isinstance(found, Policy):
             return found
         choose: Callable[[View], Choice] = found
@@ -265,6 +258,18 @@ def find(name: str) -> Policy:
         kind = type(POLICIES[name]).__name__
         raise TypeError(f"POLICIES[{name!r}] must be a Policy, got {kind}")
     return POLICIES[name]
+
+
+def imported(argument: str, name: str) -> Any:
+    """What `module:function` names; ValueError, which names the argument, where there is none."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, "")  # as `python -m` has it: the user's folder
+    try:
+        return getattr(import_module(module), function)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"{argument} {name} cannot be imported: {reason(error)}") from error
+    finally:
+        sys.path.remove("")
 
 
 def loss_score(before: Tensor, losses: Tensor) -> Tensor:

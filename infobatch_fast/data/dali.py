@@ -10,39 +10,103 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 from torch import Tensor
 
-from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader
+from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader, ResidentLoader
 
 PREFETCH = 2  # batches in flight, the one in use included
 THREADS = 2  # on a GPU they hand arguments over and no more
 
 
-class DaliLoader(Loader):
-    """The batches of `TorchLoader`, by a DALI pipeline.
+class Pipelined(Loader):
+    """A loader by a DALI pipeline, which serves one iteration at a time.
 
-    The pipeline serves one iteration at a time: a new one ends the one before, which raises
-    RuntimeError when it is asked for more. Batches already out stay valid. Between epochs nothing
-    of it waits to be released (see `_batches`), so that a CUDA graph can be captured.
+    A new one ends the one before, which raises RuntimeError when it is asked for more. Batches
+    already out stay valid. Between epochs nothing of it waits to be released (see `_batches`), so
+    that a CUDA graph can be captured.
     """
+
+    _pipeline: Pipeline
+    _stream: Any = None  # of what is gathered for DALI
+    _held: Tensor | None = None  # see _batches
+    _indices: Tensor | None = None  # (K - first,): of the iteration served
+    _serving: object = None  # that iteration
+
+    def _new_pipeline(self, batch_size: int, threads: int) -> Pipeline:
+        return Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=self._device.index,  # None on the CPU
+            prefetch_queue_depth=PREFETCH,
+        )
+
+    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
+        self._serving = mine = object()
+        self._drain()
+        self._start(plan, first)
+        for start, stop in self._spans(plan, first):
+            # Without a copy. DALI frees what it gave out by DLPack once the tensor and its views
+            # are gone and after that a thread of its own has waited for the whole device: a buffer
+            # is not used anew while a kernel, of whichever stream, still reads it. But that wait
+            # ends the process if a CUDA graph is being captured. So the last output is held here
+            # until the next epoch's first takes its place, whether this epoch ends or is left, and
+            # whatever the caller does with its batch; all others are gone well before, by the time
+            # that the device has done the epoch's last step.
+            output = self._output(plan, start)
+            self._held = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+            labels = self.labels.index_select(0, plan.indices[start:stop])
+            yield self._held, labels, self._batch(plan, start, stop)
+            if self._serving is not mine:
+                raise RuntimeError("this iteration has ended: its loader has begun another one")
+        self._drain()
+
+    def _start(self, plan: EpochPlan[Any], first: int) -> None:
+        """Serve the samples from position first on."""
+        raise NotImplementedError
+
+    def _output(self, plan: EpochPlan[Any], start: int) -> Any:
+        """The next batch's, whose first sample is at position start."""
+        return self._run()
+
+    def _batch(self, plan: EpochPlan[BatchT], start: int, stop: int) -> BatchT:
+        return plan.batch(start, stop)
+
+    def _drain(self) -> None:
+        """Let the plan go, and drop what was made ahead, so that the next epoch starts clean."""
+        self._indices = None
+        with suppress(StopIteration):
+            while True:
+                self._run()
+        self._pipeline.reset()
+
+    def _run(self) -> Any:
+        """The next batch (B, H, W, C), for which the current stream waits, and the host does not.
+
+        Batches come in the order in which their pixels and crops were asked for.
+        """
+        cuda = self._device.type == "cuda"
+        (output,) = self._pipeline.run(torch.cuda.current_stream(self._device) if cuda else None)
+        return output
+
+    def _span(self, number: int) -> slice:
+        """Of batch `number` among the samples served; DALI asks `PREFETCH` batches ahead."""
+        start = number * self.batch_size
+        if self._indices is None or start >= len(self._indices):
+            raise StopIteration
+        return slice(start, start + self.batch_size)
+
+
+class DaliLoader(Pipelined, ResidentLoader):
+    """The batches of `TorchLoader`, by a DALI pipeline."""
 
     def __post_init__(self, images: Tensor) -> None:
         super().__post_init__(images)
-        self._serving = object()  # the iteration that the pipeline serves
-        self._held: Tensor | None = None  # see _batches
-        self._indices: Tensor | None = None  # (K - first,): of the iteration served
         self._arguments: tuple[Any, ...] = ()  # its crops, (K - first,) each
-        self._stream = None  # of what is gathered for DALI
         if images.is_cuda:
             self._stream = torch.cuda.Stream(images.device)
             # Its memory must not be used anew while a gather in this stream still reads it.
             self._padded.record_stream(self._stream)
         # DALI's graph holds its callbacks in a cycle; they must not hold the images in it too.
         me = weakref.proxy(self)
-        self._pipeline = Pipeline(
-            batch_size=self.batch_size,
-            num_threads=THREADS,
-            device_id=images.device.index,  # None on the CPU
-            prefetch_queue_depth=PREFETCH,
-        )
+        self._pipeline = self._new_pipeline(self.batch_size, THREADS)
         with self._pipeline:
             pixels = fn.external_source(
                 lambda number: me._pixels(number),
@@ -73,25 +137,6 @@ class DaliLoader(Loader):
             self._pipeline.set_outputs(images_out)
         self._pipeline.build()
 
-    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
-        self._serving = mine = object()
-        self._drain()
-        self._start(plan, first)
-        for start, stop in self._spans(plan, first):
-            # Without a copy. DALI frees what it gave out by DLPack once the tensor and its views
-            # are gone and after that a thread of its own has waited for the whole device: a buffer
-            # is not used anew while a kernel, of whichever stream, still reads it. But that wait
-            # ends the process if a CUDA graph is being captured. So the last output is held here
-            # until the next epoch's first takes its place, whether this epoch ends or is left, and
-            # whatever the caller does with its batch; all others are gone well before, by the time
-            # that the device has done the epoch's last step.
-            self._held = torch.from_dlpack(self._run().as_tensor()).permute(0, 3, 1, 2)
-            labels = self.labels.index_select(0, plan.indices[start:stop])
-            yield self._held, labels, plan.batch(start, stop)
-            if self._serving is not mine:
-                raise RuntimeError("this iteration has ended: its loader has begun another one")
-        self._drain()
-
     def _start(self, plan: EpochPlan[Any], first: int) -> None:
         """Serve the samples from position first on."""
         y, x, flip = self._crops(plan, first, "cpu")
@@ -103,30 +148,6 @@ class DaliLoader(Loader):
             # The images were padded and the plan was drawn in the consumer's stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             plan.indices.record_stream(self._stream)
-
-    def _drain(self) -> None:
-        """Let the plan go, and drop what was made ahead, so that the next epoch starts clean."""
-        self._indices = None
-        with suppress(StopIteration):
-            while True:
-                self._run()
-        self._pipeline.reset()
-
-    def _run(self) -> Any:
-        """The next batch (B, H, W, C), for which the current stream waits, and the host does not.
-
-        Batches come in the order in which their pixels and crops were asked for.
-        """
-        stream = self._stream and torch.cuda.current_stream(self._device)
-        (output,) = self._pipeline.run(stream)
-        return output
-
-    def _span(self, number: int) -> slice:
-        """Of batch `number` among the samples served; DALI asks `PREFETCH` batches ahead."""
-        start = number * self.batch_size
-        if self._indices is None or start >= len(self._indices):
-            raise StopIteration
-        return slice(start, start + self.batch_size)
 
     def _crops_of(self, number: int) -> list[Any]:
         """Crop positions in [0, 1], y and x (B,) float32 each, and flips (B,) int32."""

@@ -61,59 +61,38 @@ class Epoch(Generic[BatchT]):
 
 @dataclass(eq=False, repr=False)
 class Loader:
-    """What both loaders do: check, pad the images once, cut a plan into batches.
+    """What all loaders do: check, and cut a plan into batches.
 
     Attributes:
-        images: (N, H, W, 3) uint8, on the device that the batches are made on.
+        images: of N samples, on the device that the batches are made on.
         labels: (N,) int64, on the same device.
         mean: of red, green and blue; images come out as (x / 255 - mean) / std.
         seed: of the augmentation; with the epoch's number its one source of randomness.
-        pad: pixels of reflect padding that the random crop moves in.
-        augment: False yields the images themselves, neither cropped nor flipped.
+        augment: False yields the images themselves, neither cropped at random nor flipped.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
 
-    images: InitVar[Tensor]
+    images: InitVar[Any]
     labels: Tensor
     batch_size: int
     _: KW_ONLY
     mean: Sequence[float]
     std: Sequence[float]
     seed: int = 0
-    pad: int = 4
     augment: bool = True
 
-    def __post_init__(self, images: Tensor) -> None:
+    def __post_init__(self, images: Any) -> None:
         self._check(images)
         self._device = images.device
-        self._size = height, width = images.shape[1], images.shape[2]
-        self.pad = self.pad if self.augment else 0
-        if self.pad:
-            rows = reflect(height, self.pad, images.device)
-            columns = reflect(width, self.pad, images.device)
-            images = images[:, rows[:, None], columns]
-        # With nothing to pad this is the caller's own tensor: a test set is not held twice.
-        self._padded = images.contiguous()
 
-    def _check(self, images: Tensor) -> None:
-        def form(value: Any) -> str:
-            if not isinstance(value, Tensor):
-                return type(value).__name__
-            return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-
-        right = isinstance(images, Tensor) and images.dtype == torch.uint8
-        if not right or images.shape[3:] != (CHANNELS,):
-            raise ValueError(f"images must be uint8 of shape (N, H, W, 3), got {form(images)}")
+    def _check(self, images: Any) -> None:
         wanted = f"torch.int64 of shape ({len(images)},) on {images.device}"
-        if form(self.labels) != wanted:
-            raise ValueError(f"labels must be {wanted}, as images are, got {form(self.labels)}")
+        if _form(self.labels) != wanted:
+            raise ValueError(f"labels must be {wanted}, as images are, got {_form(self.labels)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        side = min(images.shape[1:3])
-        if not 0 <= self.pad < side:
-            raise ValueError(f"pad must be in [0, {side}), got {self.pad}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != CHANNELS or min(values) < 0 or max(values) > 1:
                 raise ValueError(f"{name} must be 3 numbers for pixels in [0, 1], got {values}")
@@ -142,6 +121,45 @@ class Loader:
         for start in range(first, len(plan), self.batch_size):
             yield start, min(start + self.batch_size, len(plan))
 
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """What is taken off pixels, and what they are then multiplied by: a host sync each."""
+        mean, std = (
+            torch.tensor([255 * v for v in values], dtype=torch.float32, device=self._device)
+            for values in (self.mean, self.std)
+        )
+        return mean, 1 / std
+
+
+@dataclass(eq=False, repr=False)
+class ResidentLoader(Loader):
+    """Of images that lie on the device, (N, H, W, 3) uint8: pads them once.
+
+    Attributes:
+        pad: pixels of reflect padding that the random crop moves in.
+    """
+
+    pad: int = 4
+
+    def __post_init__(self, images: Tensor) -> None:
+        super().__post_init__(images)
+        self._size = height, width = images.shape[1], images.shape[2]
+        self.pad = self.pad if self.augment else 0
+        if self.pad:
+            rows = reflect(height, self.pad, images.device)
+            columns = reflect(width, self.pad, images.device)
+            images = images[:, rows[:, None], columns]
+        # With nothing to pad this is the caller's own tensor: a test set is not held twice.
+        self._padded = images.contiguous()
+
+    def _check(self, images: Tensor) -> None:
+        right = isinstance(images, Tensor) and images.dtype == torch.uint8
+        if not right or images.shape[3:] != (CHANNELS,):
+            raise ValueError(f"images must be uint8 of shape (N, H, W, 3), got {_form(images)}")
+        super()._check(images)
+        side = min(images.shape[1:3])
+        if not 0 <= self.pad < side:
+            raise ValueError(f"pad must be in [0, {side}), got {self.pad}")
+
     def _crops(
         self, plan: EpochPlan[Any], first: int, device: torch.device | str
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,20 +170,21 @@ class Loader:
         return zeros, zeros, zeros.bool()
 
 
-class TorchLoader(Loader):
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+
+
+class TorchLoader(ResidentLoader):
     """The loader in plain torch, which neither syncs with the host nor copies the indices to it."""
 
     def __post_init__(self, images: Tensor) -> None:
         super().__post_init__(images)
-        # A host sync each, here and not in the first epoch: the numbers come from the host.
-        mean, std = (
-            torch.tensor([255 * v for v in values], dtype=torch.float32, device=images.device)
-            for values in (self.mean, self.std)
-        )
-        self._normalisation = mean, 1 / std
+        self._normal = self._normalisation()  # here and not in the first epoch
 
     def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
-        mean, scale = self._normalisation
+        mean, scale = self._normal
         # A view of every crop there is: one gather takes sample, row and column at once.
         n, line, pixel, channel = self._padded.stride()
         offsets = 2 * self.pad + 1
@@ -186,9 +205,12 @@ class TorchLoader(Loader):
 
 
 def make_loader(
-    kind: str, images: Tensor, labels: Tensor, batch_size: int, **options: Any
+    kind: str, images: Any, labels: Tensor, batch_size: int, **options: Any
 ) -> tuple[Loader, str | None]:
     """A loader by name, with the arguments of `Loader`: auto is DALI where it works, else torch.
+
+    Args:
+        images: (N, H, W, 3) uint8, or a `Source`.
 
     Returns:
         The loader; and where auto is torch, one line that says why, else None.
@@ -199,11 +221,13 @@ def make_loader(
     """
     if kind not in KINDS:
         raise UserError(unknown_name("loader", kind, KINDS))
-    note = None
+    note, make = None, TorchLoader if isinstance(images, Tensor) else images.loader
     if kind != "torch":
         try:
-            from infobatch_fast.data.dali import DaliLoader
-
+            if isinstance(images, Tensor):
+                from infobatch_fast.data.dali import DaliLoader
+            else:
+                DaliLoader = images.dali_loader()
             return DaliLoader(images, labels, batch_size, **options), None
         except (ImportError, OSError, RuntimeError) as error:  # not installed, or no fit driver
             if kind == "dali":
@@ -212,4 +236,4 @@ def make_loader(
                     'pip install "nvidia-dali-cuda130>=2.4,<2.5", or take --loader torch'
                 ) from error
             note = f"WARNING: loader auto is torch, as DALI does not work ({reason(error)})"
-    return TorchLoader(images, labels, batch_size, **options), note
+    return make(images, labels, batch_size, **options), note

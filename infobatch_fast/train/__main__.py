@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infobatch_fast.data.cifar import DataMissing, default_data_dir, load_cifar
 from infobatch_fast.data.dataset import Dataset
+from infobatch_fast.data.folder import load_folder
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.telemetry.syncs import HostSync
@@ -25,8 +26,9 @@ from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupts, Say, command, complain
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.ledger import Diverged
-from infobatch_fast.train.loop import evaluate, find_device, train
+from infobatch_fast.train.loop import available_cores, evaluate, find_device, train
 from infobatch_fast.train.models import make_model
+from infobatch_fast.train.own import own_dataset
 
 OUT_OF_MEMORY = (
     "lower --batch-size, --synthetic-samples or --synthetic-classes, "
@@ -129,13 +131,13 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
     here = config.peek(arguments, "device") or "auto"
     device = find_device(settings.device if settings.dataset == "synthetic" else here)
     data = load_data(settings, device, say)
-    model = make_model(settings.model, data.num_classes)
+    model = make_model(settings.model, data.num_classes, data.side)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {settings.model}: {reason(error)}") from None
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
-    accuracy = evaluate(model, data, settings.amp)
+    accuracy = evaluate(model, data.tests(settings.loader)(), settings.amp)
     say(
         f"test accuracy {accuracy:.2%}: {path}, {settings.model} on the "
         f"{data.test_labels.numel():,} test images of {data.name} ({data.source})"
@@ -151,6 +153,8 @@ def load_data(
         stand_in: whether `quick`, if no data set was named, may take a synthetic one, loudly.
     """
     name = settings.dataset or "cifar10"
+    if ":" in name or name == "folder":
+        return _as_asked(_of_files(name, settings, say), settings).to(device)
     if name != "synthetic":
         try:
             data = load_cifar(name, settings.data_dir or default_data_dir())
@@ -169,6 +173,23 @@ def load_data(
         device=device,
     )
     return _as_asked(data, settings)
+
+
+def _of_files(name: str, settings: Config, say: Say) -> Dataset:
+    if settings.data_dir is None:
+        raise UserError(f"data_dir must be given with --dataset {name}, got none")
+    folder, workers = settings.data_dir.expanduser(), settings.workers or available_cores()
+    if name != "folder":
+        return own_dataset(name, folder, workers)
+    return load_folder(
+        folder,
+        side=settings.train_size,
+        test_side=settings.test_size,
+        workers=workers,
+        cache=settings.cache,
+        max_bad_files=settings.max_bad_files,
+        say=say,
+    )
 
 
 def _as_asked(data: Dataset, settings: Config) -> Dataset:
@@ -194,6 +215,8 @@ def _check(settings: Config, data: Dataset) -> None:
         raise UserError(
             f"host_syncs must be off with --compile on a CPU, got {settings.host_syncs}"
         )
+    if settings.host_syncs == "forbid" and not isinstance(data.images, Tensor):
+        raise UserError("host_syncs must not be forbid where images are read by the host")
 
 
 def _name(settings: Config) -> str:

@@ -14,15 +14,21 @@ from infobatch_fast.policies import find
 from infobatch_fast.pruning import Pruning
 from infobatch_fast.train import cli, records
 
+MODELS = ("r18", "r34", "r50", "r101", "small")
+DATASETS = ("cifar10", "cifar100", "synthetic", "folder")
 # Never written to a run's record: they name places on this machine, or an action.
 UNRECORDED = ("data_dir", "out", "resume", "evaluate")
 # What --resume may change: none of it alters which samples are trained on, or how. A device does:
 # its generators draw other plans from the same seed.
-RESUMABLE = ("data_dir", "loader", "checkpoint_every", "eval_every", "telemetry", "host_syncs")
-EVALUABLE = ("data_dir", "device", "validation")
+RESUMABLE = (
+    *("data_dir", "loader", "workers", "cache", "max_bad_files", "checkpoint_every"),
+    *("eval_every", "telemetry", "host_syncs", "log"),
+)
+EVALUABLE = ("data_dir", "device", "validation", "test_size", "workers", "max_bad_files")
 
 _FOLDER = tyro.conf.arg(metavar="PATH", help_behavior_hint="")
-_DATASET = tyro.conf.arg(metavar="{cifar10,cifar100,synthetic}", help_behavior_hint="")
+_DATASET = tyro.conf.arg(metavar=f"{{{','.join(DATASETS)},module:function}}", help_behavior_hint="")
+_MODEL = tyro.conf.arg(metavar=f"{{{','.join(MODELS)},timm:NAME,module:function}}")
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,17 @@ class Config:
     """Train a CIFAR ResNet with InfoBatch: lossless speed-up by dynamic data pruning.
 
     The default of every flag is its preset's: paper (the reported recipe) where there is a CUDA
-    device, quick (minutes on a CPU) where there is none. Exit codes: 0 done; 1 diverged;
+    device, quick (minutes on a CPU) where there is none; imagenet is for a folder of photographs.
+    Exit codes: 0 done; 1 diverged;
     2 a mistake in the input, or no room on disk or GPU; 129, 130 or 143 stopped by a signal.
     --version prints the version.
 
     Attributes:
         preset: any other flag overrides what it sets.
         pruning: which samples the epochs leave out, and with what weights.
-        model: r18 to r101 are torchvision's ResNets with a CIFAR stem; small is for CPUs.
+        model: r18 to r101 are torchvision's ResNets, with a CIFAR stem for images below 64 pixels;
+            small is for CPUs; timm:NAME is timm's; module:function makes a network of one's own
+            from the number of classes.
         epochs: passes over the (pruned) data.
         batch_size: samples a step.
         optimizer: lars and lamb adapt the learning rate of each layer.
@@ -50,8 +59,15 @@ class Config:
         compile: torch.compile the network; implies --whole-batches. Default of paper on CUDA.
         graph: replay each full step as one CUDA graph; implies --whole-batches. Default of paper on
             CUDA. An optimizer that it cannot hold, sgd or adam, trains without, and says so.
-        dataset: synthetic is made on the device from the seed; default cifar10.
+        dataset: synthetic is made on the device from the seed; folder is --data-dir with a folder
+            of images a class in its train/ and val/; module:function makes data sets of one's own
+            from --data-dir; default cifar10.
         data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
+        train_size: pixels a side of the training images of --dataset folder.
+        test_size: pixels a side of its test images.
+        workers: threads or processes that read and decode images of files; 0: one a core.
+        cache: hold the files' bytes in memory; auto: if they take a quarter of it at most.
+        max_bad_files: files that may be left out as they are no images or cannot be decoded.
         loader: auto is DALI where it can be imported.
         data_fraction: share of the training images to take, the same ones for every seed, in
             (0, 1].
@@ -68,6 +84,7 @@ class Config:
         host_syncs: count the host syncs of each epoch, or forbid those within it and stop at the
             first; on a CPU the reads that would be one on a GPU, and slower. Those of start-up,
             which compiles and tunes, are not counted.
+        log: tensorboard has the epochs' figures in the run's folder.
         checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
         out: the run's folder, new or empty; default runs/<name>.
         resume: run folder to continue; only --data-dir, --loader, --checkpoint-every,
@@ -75,9 +92,9 @@ class Config:
         evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
     """
 
-    preset: Literal["paper", "quick"] = "paper"
+    preset: Literal["paper", "quick", "imagenet"] = "paper"
     pruning: Annotated[Pruning, tyro.conf.OmitArgPrefixes] = field(default_factory=Pruning)
-    model: Literal["r18", "r34", "r50", "r101", "small"] = "r50"
+    model: Annotated[str, _MODEL] = "r50"
     epochs: int = 200
     batch_size: int = 200
     optimizer: Literal["sgd", "adam", "lars", "lamb"] = "lars"
@@ -88,8 +105,13 @@ class Config:
     whole_batches: bool = True
     compile: bool = False
     graph: bool = False
-    dataset: Annotated[Literal["cifar10", "cifar100", "synthetic"] | None, _DATASET] = None
+    dataset: Annotated[str | None, _DATASET] = None
     data_dir: Annotated[Path | None, _FOLDER] = None
+    train_size: int = 176
+    test_size: int = 224
+    workers: int = 0
+    cache: Literal["auto", "on", "off"] = "auto"
+    max_bad_files: int = 0
     loader: Literal["auto", "dali", "torch"] = "auto"
     data_fraction: float = 1.0
     validation: int = 0
@@ -102,6 +124,7 @@ class Config:
     checkpoint_every: int = 0
     telemetry: bool = True
     host_syncs: Literal["off", "count", "forbid"] = "off"
+    log: Literal["off", "tensorboard"] = "off"
     out: Annotated[Path | None, _FOLDER] = None
     resume: Annotated[Path | None, _FOLDER] = None
     evaluate: Annotated[Path | None, _FOLDER] = None
@@ -111,6 +134,12 @@ class Config:
             find(self.pruning.policy)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from None
+        for name, value, known in (
+            ("model", self.model, [*MODELS, "timm:NAME"]),
+            ("dataset", self.dataset or DATASETS[0], DATASETS),
+        ):
+            if value not in known and ":" not in value:
+                raise UserError(unknown_name(name, value, [*known, "module:function"]))
         classes, samples = self.synthetic_classes, self.synthetic_samples
         few = f"at least synthetic_classes, {classes}, and at most 2**40"
         for name, rule, fits in (
@@ -124,6 +153,10 @@ class Config:
             ("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1),
             ("data_fraction", "in (0, 1]", 0 < self.data_fraction <= 1),
             ("validation", "at least 0", self.validation >= 0),
+            ("train_size", "at least 1", self.train_size >= 1),
+            ("test_size", "at least 1", self.test_size >= 1),
+            ("workers", "at least 0", self.workers >= 0),
+            ("max_bad_files", "at least 0", self.max_bad_files >= 0),
             ("label_noise", "in [0, 1)", 0 <= self.label_noise < 1),
             ("synthetic_classes", "at least 2", classes >= 2),
             ("synthetic_samples", few, classes <= samples <= 2**40),
@@ -159,6 +192,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "amp": "off",
         "whole_batches": False,
     },
+    "imagenet": {
+        "dataset": "folder",
+        "epochs": 90,
+        "batch_size": 1024,
+        "max_lr": 6.4,
+        "weight_decay": 5e-5,
+    },
 }
 
 
@@ -180,7 +220,7 @@ def parse(arguments: Sequence[str], *, cuda: bool) -> Config:
     preset = peek(arguments, "preset") or ("paper" if cuda else "quick")
     if preset not in PRESETS:
         raise UserError(unknown_name("preset", preset, PRESETS))
-    fast = cuda and preset == "paper"
+    fast = cuda and preset != "quick"
     defaults = {"compile": fast, "graph": fast, **PRESETS[preset]}
     return _command_line(arguments, Config(preset=preset, **defaults))  # pyright: ignore
 
@@ -214,7 +254,8 @@ def settle(config: Config, dataset: str, device: str) -> Config:
     if config.graph and device != "cuda":
         raise UserError("graph must be off on a CPU, got --graph")
     whole = config.whole_batches or config.compile or config.graph
-    return replace(config, dataset=dataset, device=device, whole_batches=whole)
+    loader = "torch" if ":" in dataset and config.loader == "auto" else config.loader
+    return replace(config, dataset=dataset, device=device, whole_batches=whole, loader=loader)
 
 
 def _command_line(arguments: Sequence[str], default: Config) -> Config:

@@ -306,13 +306,12 @@ class SampleRecord:
         kept (N,) int32, epochs that trained on the sample; scores (N,) float32, the last, NaN where
         not seen; labels (N,) int32; tracked (M,) int64, samples; score_history (E, M) float32,
         theirs after each epoch; pictured (P,) int64, the samples kept least, ascending, and then
-        those kept most, descending; pictures (P, 32, 32, 3) uint8, their images.
+        those kept most, descending; pictures (P, H, W, 3) uint8, their images.
         """
         kept = self.kept.cpu().numpy()
         half = min(PICTURED, kept.size) // 2
         ranked = np.argsort(kept, kind="stable")
         pictured = np.concatenate([ranked[:half], ranked[::-1][:half]])  # none twice
-        pictures = data.images[torch.from_numpy(pictured).to(data.images.device)]
         arrays = {
             "kept": kept,
             "scores": scores.cpu().numpy(),
@@ -320,7 +319,7 @@ class SampleRecord:
             "tracked": self.tracked.cpu().numpy(),
             "score_history": torch.stack(self.history).numpy(),
             "pictured": pictured,
-            "pictures": pictures.cpu().numpy(),
+            "pictures": data.pictures(torch.from_numpy(pictured)).numpy(),
         }
         for name, array in arrays.items():
             with records.atomically(path / f"{name}.npy") as file:

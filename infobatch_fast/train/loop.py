@@ -3,12 +3,13 @@
 import math
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from infobatch_fast.data.dataset import Dataset
@@ -19,20 +20,18 @@ from infobatch_fast.plan import Plan
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import Phases, score_histogram
 from infobatch_fast.telemetry.syncs import HostSyncs, host_syncs
-from infobatch_fast.train import console
+from infobatch_fast.train import console, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Interrupts, Say
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.graph import GraphStep, obstacle
 from infobatch_fast.train.ledger import Ledger
+from infobatch_fast.train.logs import make_log
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.optim import make_optimizer
 from infobatch_fast.train.records import Summary
 from infobatch_fast.train.schedule import one_cycle
 from infobatch_fast.train.step import AUTOCAST, TrainStep
-
-# Fixed: a size that followed free memory would be tuned anew from run to run.
-EVALUATION_BATCH = 1000
 
 
 def train(
@@ -53,7 +52,7 @@ def train(
     device, samples, epochs = data.images.device, data.labels.numel(), settings.epochs
     torch.manual_seed(settings.seed)  # nothing here draws from it; a model with dropout would
     torch.backends.cudnn.benchmark = True
-    model = make_model(settings.model, data.num_classes, seed=settings.seed)
+    model = make_model(settings.model, data.num_classes, data.side, seed=settings.seed)
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     infobatch = InfoBatch(
         samples,
@@ -99,6 +98,7 @@ def train(
         say(note)
 
     ledger = Ledger(settings, step, folder, Nvml(device, enabled=settings.telemetry))
+    tests, log = data.tests(settings.loader), make_log(settings, folder)
     plan, start, warned = None, 0, False
     if saved is not None:
         plan, start = ledger.restore(saved)
@@ -113,6 +113,16 @@ def train(
         if interrupts.received:
             raise Interrupted(interrupts.received, f"stopped; continue with --resume {folder}")
 
+    told = 0
+
+    def tell_bad() -> None:
+        nonlocal told
+        if data.bad is not None and len(data.bad.why) > told:
+            told = len(data.bad.why)
+            say(f"WARNING: left out are files, {data.bad}")
+            records.write_json(folder / records.BAD, data.bad)
+
+    tell_bad()
     interrupts.deferred = True
     plain = not sys.stdout.isatty()
     with ledger.meter, tqdm(disable=plain, file=sys.stdout, leave=False, unit="step") as bar:
@@ -160,7 +170,7 @@ def train(
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
                 with ledger.spending("evaluation"), phases("evaluation"):
-                    accuracy = evaluate(model, data, settings.amp, interrupts)
+                    accuracy = evaluate(model, tests(), settings.amp, interrupts)
             if interrupts.received:
                 ledger.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
                 stop_if_asked()
@@ -173,6 +183,8 @@ def train(
                 score_histogram=score_histogram(infobatch.scores) if settings.telemetry else None,
             )
             say(console.epoch_line(line, settings, samples))
+            log(line)
+            tell_bad()
             plan, start = None, 0
             if ledger.due() or epoch + 1 == epochs or interrupts.received:
                 ledger.save()
@@ -209,26 +221,25 @@ def _schedule(settings: Config, epoch: int, number: int, steps: int) -> tuple[fl
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Dataset, amp: str, interrupts: Interrupts | None = None
+    model: nn.Module,
+    tests: Iterable[tuple[Tensor, Tensor]],
+    amp: str,
+    interrupts: Interrupts | None = None,
 ) -> float | None:
-    """The share of the test set that the model gets right; None if a signal came first.
+    """The share of the test images that the model gets right; None if a signal came first.
 
     The model is not compiled: in evaluation mode, in which it is left, it would be compiled once
     more, which takes longer than a training's evaluations gain by it.
     """
-    device = data.test_images.device
-    mean = torch.tensor(data.mean, device=device) * 255
-    scale = 1 / (torch.tensor(data.std, device=device) * 255)
-    right = torch.zeros((), dtype=torch.int64, device=device)
+    right, number = torch.zeros((), dtype=torch.int64), 0
     model.eval()
-    batches = (each.split(EVALUATION_BATCH) for each in (data.test_images, data.test_labels))
-    with torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off"):
-        for pixels, labels in zip(*batches, strict=True):
-            images = ((pixels - mean) * scale).permute(0, 3, 1, 2)  # channels_last as it lies
-            right += (model(images).argmax(1) == labels).sum()
-            if interrupts is not None and interrupts.received:
-                return None
-    return right.item() / data.test_labels.numel()  # waits for the evaluation
+    for images, labels in tests:
+        with torch.autocast(images.device.type, AUTOCAST.get(amp), enabled=amp != "off"):
+            right = right.to(labels.device) + (model(images).argmax(1) == labels).sum()
+        number += len(labels)
+        if interrupts is not None and interrupts.received:
+            return None
+    return right.item() / number  # waits for the evaluation
 
 
 def find_device(name: str) -> torch.device:
@@ -240,7 +251,11 @@ def find_device(name: str) -> torch.device:
     # OpenMP's threads wait for each other spinning: with all cores taken, another process on
     # one of them slowed training 2 to 12 times; with one core left, by a third at most.
     if "OMP_NUM_THREADS" not in os.environ:
-        known = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), available_cores() - 1)))
     return torch.device("cpu")
+
+
+def available_cores() -> int:
+    """Those that this process may run on."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

@@ -1,20 +1,30 @@
-"""Classifiers for 32 x 32 images: torchvision's ResNets with a CIFAR stem, and a small one."""
+"""Classifiers: torchvision's ResNets, with a CIFAR stem for small images, and a small one."""
 
 import torch
 from torch import Tensor, nn
 
+from infobatch_fast.train.own import own_model
 
-def make_model(name: str, num_classes: int = 10, *, seed: int = 0) -> nn.Module:
-    """A network from images (B, 3, 32, 32) to logits (B, C), on the CPU in float32.
+LARGE = 64  # pixels a side from which ResNets have torchvision's own stem
 
-    The ResNets (He et al. 2016, arXiv:1512.03385) are torchvision's with a 3x3 stem of stride 1 and
-    no max-pool, so a state_dict loads into a torchvision model changed in these two modules. The
-    initialisation is PyTorch's default, as in the InfoBatch experiments, not torchvision's; torch's
-    global generator stays as it is.
+
+def make_model(name: str, num_classes: int = 10, side: int = 32, *, seed: int = 0) -> nn.Module:
+    """A network from images (B, 3, side, side) to logits (B, C), on the CPU in float32.
+
+    The ResNets (He et al. 2016, arXiv:1512.03385) are torchvision's, below `LARGE` pixels with a
+    3x3 stem of stride 1 and no max-pool, so a state_dict loads into a torchvision model changed in
+    these two modules. The initialisation is PyTorch's default, as in the InfoBatch experiments, not
+    torchvision's; timm's networks and the user's have their own. torch's global generator stays as
+    it is.
     """
+    if ":" in name:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
+            return own_model(name, num_classes)
     # Built without storage: torchvision's own initialisation draws nothing and costs nothing.
     with torch.device("meta"):
-        model = SmallResNet(num_classes) if name == "small" else _cifar_resnet(name, num_classes)
+        small = name == "small"
+        model = SmallResNet(num_classes) if small else _resnet(name, num_classes, side)
     model.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
@@ -24,12 +34,13 @@ def make_model(name: str, num_classes: int = 10, *, seed: int = 0) -> nn.Module:
     return model
 
 
-def _cifar_resnet(name: str, num_classes: int) -> nn.Module:
+def _resnet(name: str, num_classes: int, side: int) -> nn.Module:
     from torchvision import models  # here, since it takes seconds to import
 
     model = getattr(models, name.replace("r", "resnet"))(num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-    model.maxpool = nn.Identity()
+    if side < LARGE:
+        model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        model.maxpool = nn.Identity()
     return model
 
 

@@ -16,6 +16,7 @@ EPOCHS = "epochs.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "model.pt"
+BAD = "bad_files.json"
 RESULTS = "results.jsonl"  # beside the folders of many runs: a line a run
 
 RecordT = TypeVar("RecordT")

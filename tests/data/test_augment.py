@@ -3,12 +3,14 @@
 import hashlib
 from collections import Counter
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, ks_2samp
+from torchvision.transforms import RandomResizedCrop
 
-from infobatch_fast.data.augment import augmentation
+from infobatch_fast.data.augment import augmentation, random_windows
 
 
 def reference_augmentation(seed, epoch, position, pad):
@@ -68,3 +70,20 @@ def test_cuda_draws_the_augmentation_of_the_cpu():
         on_cuda = augmentation(seed, 3, start, start + 100_000, 4, "cuda")
         for a, b in zip(on_cpu, on_cuda, strict=True):
             assert torch.equal(a, b.cpu())
+
+
+def test_random_windows_are_torchvisions() -> None:
+    number, theirs, same = 3000, RandomResizedCrop.get_params, ([0.08, 1.0], [3 / 4, 4 / 3])
+    torch.manual_seed(0)
+    for height, width in ((90, 130), (60, 160)):
+        image, sides = torch.zeros(3, height, width), torch.tensor([[height, width]] * number)
+        expected = [theirs(image, *same) for _ in range(number)]
+        windows, flips = random_windows(1, 2, 0, sides)
+        for ours, other in zip(windows.T, torch.tensor(expected).T, strict=True):
+            alike: Any = ks_2samp(ours.numpy(), other.numpy())
+            assert alike.pvalue > 1e-3
+        assert abs(flips.double().mean() - 0.5) < 4 * 0.5 / number**0.5
+    for height, width in ((4, 1000), (1000, 4), (1, 9)):  # where no random one fits
+        image, sides = torch.zeros(3, height, width), torch.tensor([[height, width]])
+        windows, _ = random_windows(1, 2, 0, sides)
+        assert windows[0].tolist() == [*theirs(image, *same)]

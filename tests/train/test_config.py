@@ -93,9 +93,9 @@ def soft_again(view):
         *((f"--data-fraction {value}", f"data_fraction (0, 1] {value}") for value in (0.0, 1.5)),
         ("--validation -1", "validation at least 0 -1"),
         ("--label-noise 1.0", "label_noise [0, 1) 1.0"),
-        ("--model resnet18", "--model resnet18 r18"),
+        ("--model resnet18", "model resnet18 r18"),
         ("--optimizer lasr", "--optimizer lasr lars"),
-        ("--dataset cifar-10", "--dataset cifar-10 cifar10"),
+        ("--dataset cifar-10", "dataset cifar-10 cifar10"),
         ("--preset papre", "preset papre paper"),
         ("--amp bf32", "--amp bf32 bf16"),
         ("--loader dail", "--loader dail dali"),
@@ -150,7 +150,7 @@ def test_a_record_names_no_places_and_reads_back() -> None:
     ("name", "value"),
     [
         *(("ratio", "a"), ("ratio", 7), ("epochs", True)),
-        *(("model", "r51"), ("score", 3), ("target_saving", 2), ("data_fraction", None)),
+        *(("model", 51), ("score", 3), ("target_saving", 2), ("data_fraction", None)),
     ],
 )
 def test_a_record_that_is_wrong_is_told_of(name: str, value) -> None:

@@ -148,7 +148,7 @@ def test_evaluation_is_in_fixed_batches_of_the_plain_network() -> None:
 
     data = make_synthetic(10, 2050, 10)
     share = (data.test_labels == 0).double().mean().item()
-    assert loop.evaluate(Model(), data, "off") == pytest.approx(share)
+    assert loop.evaluate(Model(), data.tests()(), "off") == pytest.approx(share)
     assert sizes == [1000, 1000, 50]
 
 
@@ -286,7 +286,7 @@ def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
     assert kwargs == {**pruning, "seed": 7, "device": torch.device("cpu")}
     args, kwargs = seen["make_loader"]
     assert (args[0], args[3], kwargs["seed"]) == ("torch", 20, 7)
-    assert seen["make_model"] == (("small", 10), {"seed": 7})
+    assert seen["make_model"] == (("small", 10, 32), {"seed": 7})
     args, kwargs = seen["make_optimizer"]
     assert (args[0], kwargs) == ("lars", {"lr": 0.05, "weight_decay": 0.25})
     kwargs = seen["TrainStep"][1]

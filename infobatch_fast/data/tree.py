@@ -1,0 +1,175 @@
+"""The files of a folder of images: what is known of each without decoding it, kept between runs.
+
+Dimensions: N files.
+"""
+
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from infobatch_fast.errors import UserError, reason
+
+# As torchvision's ImageFolder takes them: other files are not looked at.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # that both decoders know
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+TAIL = 4096  # bytes in which the end's marker must be: some writers let more follow it
+THREADS = 16  # for files on a disk or a network far away; what they hold is read in microseconds
+
+
+@dataclass
+class BadFiles:
+    """Files that are no images, or cannot be decoded, by their names; more than `most` end it."""
+
+    most: int = 0
+    why: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{path} ({why})" for path, why in list(self.why.items())[:3])
+        more = f" and {len(self.why) - 3} more" if len(self.why) > 3 else ""
+        return f"{len(self.why)} that cannot be read as images: {named}{more}"
+
+    def add(self, found: dict[str, str]) -> None:
+        """Take these in as well; UserError where they are too many."""
+        self.why |= found
+        if len(self.why) > self.most:
+            raise UserError(f"max_bad_files must not be passed, got {self.most} and {self}")
+
+
+class Tree(NamedTuple):
+    """The images under a folder, a folder a class, in the order of torchvision's ImageFolder."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    names: np.ndarray  # (N,) bytes, relative to the folder
+    labels: np.ndarray  # (N,) int64
+    sizes: np.ndarray  # (N,) int64, bytes
+    sides: np.ndarray  # (N, 2) int64, height and width as shown: with the EXIF orientation
+
+
+def read_tree(folder: Path, bad: BadFiles, say: Callable[[str], None]) -> Tree:
+    """Index a folder: look into each file that is not as it was when it was last looked into.
+
+    Files are checked by their signature, size and end, and those that fail are left out.
+
+    Raises:
+        UserError: the folder cannot be read or holds no image, or too many files are bad.
+    """
+    try:
+        classes = sorted(each.name for each in os.scandir(folder) if each.is_dir())
+        paths = [
+            (os.path.join(place, name), label)
+            for label, each in enumerate(classes)
+            for place, _, names in sorted(os.walk(folder / each, followlinks=True))
+            for name in sorted(names)
+            if name.lower().endswith(SUFFIXES)
+        ]
+    except OSError as error:
+        raise UserError(
+            f"{folder} must be a folder that can be read, got {reason(error)}"
+        ) from None
+    kept = _cache(folder)
+    known = _load(kept)
+    with ThreadPoolExecutor(THREADS) as threads:
+        stats = list(threads.map(_stat, (path for path, _ in paths)))
+        keys = [
+            (os.fsencode(os.path.relpath(path, folder)), *stat)
+            for (path, _), stat in zip(paths, stats, strict=True)
+        ]
+        new = [i for i, key in enumerate(keys) if key not in known]
+        if new:
+            say(f"index      looking into {len(new):,} of {len(paths):,} files of {folder}")
+            found = threads.map(_check, (paths[i][0] for i in new))
+            known |= {keys[i]: value for i, value in zip(new, found, strict=True)}
+    all_of = [known[key] for key in keys]
+    if new or len(known) > len(keys):
+        _save(kept, dict(zip(keys, all_of, strict=True)))
+    named = zip(keys, all_of, strict=True)
+    bad.add({f"{folder.name}/{os.fsdecode(key[0])}": each[2] for key, each in named if each[2]})
+    good = [i for i, each in enumerate(all_of) if not each[2]]
+    if not good:
+        raise UserError(f"{folder} must hold a folder of images for each class, got no image")
+    return Tree(
+        folder,
+        tuple(classes),
+        np.array([keys[i][0] for i in good]),
+        np.array([paths[i][1] for i in good], np.int64),
+        np.array([keys[i][1] for i in good], np.int64),
+        np.array([all_of[i][:2] for i in good], np.int64),
+    )
+
+
+Key = tuple[bytes, int, int]  # name, size, time of the last change in ns
+Found = tuple[int, int, str]  # height, width, what is wrong
+
+
+def _stat(path: str) -> tuple[int, int]:
+    with suppress(OSError):  # of a link to nowhere; `_check` names it
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    return -1, 0
+
+
+def _check(path: str) -> Found:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size == 0:
+                return 0, 0, "empty"
+            file.seek(0)
+            image = Image.open(file)  # reads the head alone
+            if image.format not in FORMATS:
+                return 0, 0, f"{image.format}, not one of {', '.join(FORMATS)}"
+            width, height = image.size
+            exif = Image.Image.getexif(image)  # a PNG's own would decode it all
+            if exif.get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
+                width, height = height, width
+            file.seek(max(0, size - TAIL))
+            if ENDS.get(image.format, b"") not in file.read():
+                return 0, 0, "truncated"
+    except Image.UnidentifiedImageError:
+        return 0, 0, "no image"
+    except Exception as error:  # whatever Pillow makes of a damaged head
+        return 0, 0, reason(error)
+    return height, width, ""
+
+
+def _cache(folder: Path) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=16).hexdigest()
+    return cache / "infobatch_fast" / "folders" / f"{name}.npz"
+
+
+def _load(path: Path) -> dict[Key, Found]:
+    """What was found last time; nothing where that cannot be read."""
+    with suppress(Exception), open(path, "rb") as file, np.load(file) as saved:
+        names, whys = (bytes(saved[each]).split(b"\0") for each in ("names", "whys"))
+        rows = zip(names, saved["numbers"].tolist(), whys, strict=True)
+        return {(n, size, time): (h, w, why.decode()) for n, (size, time, h, w), why in rows}
+    return {}
+
+
+def _save(path: Path, known: dict[Key, Found]) -> None:
+    """Whole or not at all; not at all where the user's cache takes no files."""
+    content = io.BytesIO()
+    np.savez(
+        content,
+        names=np.frombuffer(b"\0".join(name for name, _, _ in known), np.uint8),
+        whys=np.frombuffer(b"\0".join(why.encode() for _, _, why in known.values()), np.uint8),
+        numbers=np.array([(*k[1:], *v[:2]) for k, v in known.items()], np.int64).reshape(-1, 4),
+    )
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content.getvalue())
+        os.replace(file.name, path)

@@ -1,0 +1,158 @@
+"""Samples that are fetched one by one, in processes beside the one that trains.
+
+Dimensions: N samples, B batch.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from infobatch_fast.data.augment import augmentation
+from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader
+
+PICTURE = 64  # pixels a side of what a run's record shows
+
+
+class WorkerLoader(Loader):
+    """The batches of a `Source`, by a torch DataLoader."""
+
+    def __post_init__(self, images: "Source") -> None:
+        super().__post_init__(images)
+        self._images, self._normal = images, self._normalisation()
+
+    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
+        source, spans = self._images, list(self._spans(plan, first))
+        numbers = plan.indices.cpu()  # the epoch's one host sync: files are read by the host
+        workers = source.workers
+        fetched = DataLoader(
+            _Fetched(source),
+            batch_sampler=(  # pyright: ignore
+                source.picks(numbers[a:b], self.seed, plan.epoch, a, self.augment) for a, b in spans
+            ),
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # which torch seeds workers from, in place of the user's
+            multiprocessing_context="fork" if workers else None,  # what files hold is shared
+        )
+        for (start, stop), (pixels, notes) in zip(spans, fetched, strict=True):
+            source.note(numbers[start:stop], notes)
+            images = pixels.to(self._device, non_blocking=True)
+            if images.dtype == torch.uint8:
+                mean, scale = self._normal
+                images = torch.sub(images, mean).mul_(scale).permute(0, 3, 1, 2)
+            else:
+                images = images.contiguous(memory_format=torch.channels_last)
+            labels = self.labels.index_select(0, plan.indices[start:stop])
+            yield images, labels, source.weighed(plan.batch(start, stop), numbers[start:stop])
+
+
+class _Fetched(Dataset):
+    def __init__(self, source: "Source") -> None:
+        self.source = source
+
+    def __getitem__(self, pick: Any) -> tuple[Any, Any]:
+        return self.source.fetch(pick)
+
+
+def _collate(items: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[Any]]:
+    return torch.stack([torch.as_tensor(pixels) for pixels, _ in items]), [n for _, n in items]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Source:
+    """Images that are not in memory: what a loader and a `Dataset` ask of them.
+
+    Attributes:
+        rows: (N,) int64 on the host, which of all those that there are.
+        side: of training images, in pixels.
+        device: that batches are made on.
+        workers: processes, or threads of DALI's, that fetch.
+    """
+
+    rows: Tensor
+    side: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    workers: int = 0
+
+    loader = WorkerLoader
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, numbers: Tensor) -> Any:
+        return replace(self, rows=self.rows[numbers.cpu()])
+
+    def to(self, device: torch.device | str) -> Any:
+        """The same, for batches on `device`."""
+        return replace(self, device=torch.device(device))
+
+    def dali_loader(self) -> type[Loader]:
+        """The loader by DALI; ImportError where there is none."""
+        raise ImportError("a data set of one's own is read by its own code")
+
+    def picks(self, numbers: Tensor, seed: int, epoch: int, start: int, augment: bool) -> list[Any]:
+        """What `fetch` must know of each of a batch, whose first is at position start."""
+        raise NotImplementedError
+
+    def fetch(self, pick: Any) -> tuple[Any, Any]:
+        """One sample, in whichever process: pixels, and what `note` is told of it."""
+        raise NotImplementedError
+
+    def note(self, numbers: Tensor, notes: list[Any]) -> None:
+        """Take notice of a batch that came."""
+
+    def weighed(self, batch: BatchT, numbers: Tensor) -> BatchT:
+        """What goes with a batch, with no weight on what could not be fetched."""
+        return batch
+
+    def pictures(self, numbers: Tensor) -> Tensor:
+        """(P, PICTURE, PICTURE, 3) uint8, for the record."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> bytes:
+        """What tells these images from others."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mapped(Source):
+    """A map-style data set of the user's, of images (3, H, W) and labels.
+
+    What its transforms draw, from torch's, numpy's or Python's generator, is a function of (seed,
+    epoch, position).
+    """
+
+    dataset: Any
+
+    def picks(self, numbers: Tensor, seed: int, epoch: int, start: int, augment: bool) -> list[Any]:
+        """Sample and seed, each."""
+        high, low, bit = augmentation(seed, epoch, start, start + len(numbers), 1 << 14, "cpu")
+        seeds = high << 16 | low << 1 | bit
+        return list(zip(self.rows[numbers].tolist(), seeds.tolist(), strict=True))
+
+    def fetch(self, pick: Any) -> tuple[Any, Any]:
+        """An image as the data set gives it."""
+        row, seed = pick
+        if get_worker_info() is not None:  # else the generators are the user's
+            for generator in (torch.manual_seed, np.random.seed, random.seed):
+                generator(seed)
+        return torch.as_tensor(self.dataset[row][0]), None
+
+    def pictures(self, numbers: Tensor) -> Tensor:
+        """From black to white, whatever the normalisation."""
+        images = torch.stack([torch.as_tensor(self.dataset[row][0]) for row in self.rows[numbers]])
+        low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
+        images = 255 * (images - low) / (high - low).clamp(min=1e-6)
+        return F.interpolate(images.float(), (PICTURE, PICTURE)).byte().permute(0, 2, 3, 1)
+
+    def fingerprint(self) -> bytes:
+        """Of the samples' numbers: the images would all have to be made."""
+        return self.rows.numpy().tobytes()

@@ -1,0 +1,170 @@
+"""The trainer on folders of images, and on the user's own parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders_made import make_tree, undecodable, write
+from runs import assert_alike, fails, lines_of, resume, summary_of
+from torch import nn
+from torchvision import models
+
+from infobatch_fast.train import config, main
+from infobatch_fast.train.ledger import Ledger
+from infobatch_fast.train.models import make_model
+
+TINY = (
+    "--device cpu --preset quick --train-size 24 --test-size 24 --batch-size 4 --epochs 4 "
+    "--max-lr 0.05 --workers 1"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # where runs/ goes
+
+
+def train(folder: Path, *arguments: object, dataset: str = "folder") -> int:
+    where = ["--dataset", dataset, "--data-dir", str(folder)]
+    return main([*TINY, *where, *map(str, arguments)])
+
+
+@pytest.mark.parametrize("kind", ["torch", "dali"])
+def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(kind, tmp_path, monkeypatch) -> None:
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    data = make_tree(tmp_path / "data", train=8)
+    options = ["--loader", kind, "--checkpoint-every", 1]
+    assert train(data, *options, "--out", tmp_path / "whole") == 0
+    save, saved = Ledger.save, []
+
+    def stop(self: Ledger, *arguments: Any) -> None:
+        save(self, *arguments)
+        saved.append(arguments)
+        if self.epoch == 1 and arguments[1:] == (2,):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, *options, "--out", tmp_path / "parts")
+    monkeypatch.setattr(Ledger, "save", save)
+    assert resume(tmp_path / "parts", "--data-dir", data) == 0
+    assert_alike(tmp_path / "whole", tmp_path / "parts")
+    assert sum(line["kept"] for line in lines_of(tmp_path / "whole")) < 4 * 16
+
+
+def test_what_is_left_out_is_told_recorded_and_limited(tmp_path: Path, capsys) -> None:
+    files = {"cat/003.jpg": undecodable(), "cat/004.jpg": b"no image"}
+    write(make_tree(tmp_path / "data") / "train", files)
+    message = fails(capsys, *TINY, "--dataset", "folder", "--data-dir", str(tmp_path / "data"))
+    assert message == (
+        "max_bad_files must not be passed, got 0 and 1 that cannot be read as images: "
+        "train/cat/004.jpg (no image)"
+    )
+    out = tmp_path / "run"
+    assert train(tmp_path / "data", "--max-bad-files", 2, "--loader", "torch", "--out", out) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "left out are" in line]
+    assert ["1 that" in told[0], "2 that" in told[1], len(told)] == [True, True, 2]
+    assert list(json.loads((out / "bad_files.json").read_text())["why"]) == [
+        "train/cat/004.jpg",
+        "train/cat/003.jpg",
+    ]
+    assert summary_of(out)["samples_trained"] + summary_of(out)["samples_saved"] == 4 * 19
+    weights = str(out / "model.pt")
+    more = ["--data-dir", str(tmp_path / "data"), "--max-bad-files", "1"]
+    assert main(["--evaluate", weights, *more]) == 0
+    accuracy = summary_of(out)["accuracy_last"]
+    assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
+
+
+def test_imagenet_is_the_recipe_of_its_issue() -> None:
+    settings = config.parse("--preset imagenet --data-dir x".split(), cuda=True)
+    named = ("dataset", "model", "batch_size", "epochs", "optimizer", "max_lr", "label_smoothing")
+    assert [getattr(settings, name) for name in named] == [
+        *("folder", "r50", 1024, 90, "lars", 6.4, 0.1),
+    ]
+    assert (settings.train_size, settings.test_size, settings.graph) == (176, 224, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--dataset folder", "data_dir must be given with --dataset folder, got none"),
+        ("--dataset folder --data-dir absent", "absent/train must be a folder that can be read"),
+        ("--dataset folder --workers -1", "workers must be at least 0, got -1"),
+        ("--dataset folders", "dataset must be one of .*, got folders (did you mean folder?)"),
+        ("--dataset absent:make --data-dir x", "dataset absent:make cannot be imported"),
+        (
+            "--model absent:make --dataset synthetic --synthetic-samples 60",
+            "model absent:make cannot be imported",
+        ),
+        (
+            "--model os:getcwd --dataset synthetic --synthetic-samples 60",
+            "model os:getcwd failed: TypeError",
+        ),
+        ("--dataset os:listdir --data-dir .", "dataset os:listdir must give two data sets"),
+    ],
+)
+def test_a_mistake_is_one_line(words: str, message: str, capsys) -> None:
+    told = fails(capsys, *TINY, *words.split())
+    assert all(part in told for part in message.split(".*")), told
+
+
+# The user's own parts, by this module's name
+
+
+class Own(torch.utils.data.Dataset):
+    classes = ("dark", "bright", "neither")
+
+    def __init__(self, number: int) -> None:
+        self.targets = [i % 3 for i in range(number)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        label = self.targets[number]
+        return torch.randn(3, 12, 12) + label, label
+
+
+def own_data(folder: Path) -> tuple[Own, Own]:
+    assert folder == Path("some")
+    return Own(24), Own(9)
+
+
+def own_network(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, num_classes))
+
+
+def test_own_data_and_an_own_network(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    own = ["--model", f"{__name__}:own_network", "--log", "tensorboard"]
+    for name, workers in (("one", 1), ("two", 2)):
+        out = ["--workers", workers, "--out", tmp_path / name]
+        assert train(Path("some"), *own, *out, dataset=f"{__name__}:own_data") == 0
+    assert (
+        "24 training and 9 test images, 3 classes, fed by WorkerLoader" in capsys.readouterr().out
+    )
+    one, two = (torch.load(tmp_path / name / "model.pt") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)  # drawn by seed and position
+    log = EventAccumulator(str(tmp_path / "one")).Reload()
+    kept = [event.value for event in log.Scalars("kept")]
+    assert kept == [line["kept"] for line in lines_of(tmp_path / "one")]
+
+
+def test_networks_of_timm_and_of_torchvision_itself() -> None:
+    pytest.importorskip("timm")
+    before = torch.get_rng_state()
+    one, again = (make_model("timm:resnet10t", 7, 64, seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one["fc.bias"].shape == (7,)
+    theirs: Any = models.resnet18(num_classes=7)
+    theirs.load_state_dict(make_model("r18", 7, 64).state_dict())
+    assert theirs.conv1.stride == (2, 2)
+    assert make_model("r18", 7, 63).get_submodule("conv1").stride == (1, 1)
