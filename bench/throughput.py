@@ -1,22 +1,25 @@
 """Images a second of loaders and of training steps: `python bench/throughput.py`.
 
-Loaders, each shown to give what ours gives (`sides/loaders.py`, `sides/peers.py`); forms of
-training, the network alone and fed by our loader (`sides/steps.py`); and beside each figure its
-share of what the device can do, measured in the same run, for work that is counted
-(`sides/work.py`): TFLOP/s, % of arithmetic, % of copying. The bytes of training are those of an
-eager step at the form's precision, operation by operation: a fused step moves fewer, so that its
-share may pass 100%.
+Loaders, each shown to give what ours gives (`sides/loaders.py`, `sides/peers.py`), and those of
+files (`sides/folders.py`), from a folder that is made for it; forms of training, the network alone
+and fed by our loader (`sides/steps.py`); and beside each figure its share of what the device can
+do, measured in the same run, for work that is counted (`sides/work.py`): TFLOP/s, % of arithmetic,
+% of copying. The bytes of training are those of an eager step at the form's precision, operation by
+operation: a fused step moves fewer, so that its share may pass 100%.
 """
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from harness import Bench, Options, Side, main, shown
+from sides.folders import folder_sides, write_folder
 from sides.loaders import Pass, loader_side
 from sides.peers import loader_sides
 from sides.steps import FORMS, SWITCHES, Form, make_network, trained_sides
@@ -25,6 +28,7 @@ from sides.work import Work, work_an_image
 from infobatch_fast import InfoBatch
 from infobatch_fast.data.cifar import DataMissing, default_data_dir, load_cifar
 from infobatch_fast.data.dataset import Dataset
+from infobatch_fast.data.folder import load_folder
 from infobatch_fast.data.loader import make_loader
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.errors import UserError
@@ -34,6 +38,7 @@ TITLES = {
     "training": "Training, alone and fed (TFLOP/s, % of arithmetic, % of copying what "
     "an eager step moves)",
     "loaders": "Loaders, whole passes (% of copying)",
+    "folders": "Loaders of JPEG files, passes over all of them and over half",
 }
 Model = Literal["small", "r18", "r34", "r50", "r101"]
 FormName = Literal["eager", "channels_last", "amp", "compiled", "graph"]
@@ -57,6 +62,7 @@ class Throughput(Options):
         torch_cross_entropy: the same with torch's loss in the place of the kernel.
         samples: images of a loader's pass; default all on a GPU, 8192 on a CPU.
         workers: processes of the loaders that have any; default one a core.
+        files: JPEGs to read, made of the images; default 4096 on a GPU, 1024 on a CPU; 0: none.
     """
 
     batch_sizes: Annotated[tuple[int, ...], shown("[INT ...]")] = (200,)
@@ -67,6 +73,7 @@ class Throughput(Options):
     torch_cross_entropy: bool = False
     samples: Annotated[int | None, shown("INT")] = None
     workers: Annotated[int | None, shown("INT")] = None
+    files: Annotated[int | None, shown("INT")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +81,7 @@ class Throughput(Options):
             ("batch_sizes", self.batch_sizes),
             ("samples", (self.samples,)),
             ("workers", (self.workers,)),
+            ("files", (self.files or None,)),
         ):
             for value in values:
                 if value is not None and value < 1:
@@ -88,12 +96,14 @@ class Throughput(Options):
         on_cpu: tuple[FormName, ...] = (
             ("channels_last",) if self.quick else ("eager", "channels_last")
         )
+        on_device = 64 if self.quick else 4096 if cuda else 1024
         return replace(
             self,
             models=(("r50",) if cuda else ("small",)) if self.models is None else self.models,
             forms=self.forms or (("amp", "compiled", "graph") if cuda else on_cpu),
             samples=self.samples or (1000 if self.quick else 50_000 if cuda else 8192),
             workers=self.workers or cores,
+            files=on_device if self.files is None else self.files,
         )
 
 
@@ -121,9 +131,34 @@ def measure(bench: Bench, options: Throughput) -> None:
             name: partial(loader_side, make, of) for name, make in loader_sides(of.workers).items()
         }
         bench.compare("loaders", {"batch_size": batch_size}, sides, seconds=(10.0, 0.0))
+    if options.files:
+        measure_folders(bench, data, options)
     for model in options.models or ():
         for batch_size in options.batch_sizes or (200,):
             measure_training(bench, data, whole, model, batch_size, forms, options.seed)
+
+
+def measure_folders(bench: Bench, data: Dataset, options: Throughput) -> None:
+    """Loaders of files, all and half of them, in one comparison."""
+    count = min(options.files or 0, len(data.labels))
+    infobatch = InfoBatch(count, 1, delta=0.0, seed=options.seed, device=bench.device)
+    whole = infobatch.sample(0)
+    half = replace(whole, indices=whole.indices[: count // 2], weights=whole.weights[: count // 2])
+    with tempfile.TemporaryDirectory() as scratch:
+        files = load_folder(
+            write_folder(data, count, Path(scratch)),
+            workers=options.workers or 1,
+            cache="off",
+            say=lambda line: None,
+        ).to(bench.device)
+        batch_size = min(128, count // 2)
+        sides = {
+            (name, side): make
+            for name, plan in (("all", whole), ("half", half))
+            for side, make in folder_sides(files, plan, batch_size).items()
+        }
+        case = {"images": count, "batch_size": batch_size}
+        bench.compare("folders", case, sides, outer="files", seconds=(20.0, 0.0))
 
 
 def measure_training(

@@ -23,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # warn of, as they do of `allow_tf32` below.
     for start in ("TensorFloat32 tensor cores", "Please use the new API settings to control TF32"):
         config.addinivalue_line("filterwarnings", f"ignore:{start}:UserWarning")
+    # Workers that are forked beside DALI's threads touch none of theirs.
+    config.addinivalue_line("filterwarnings", "ignore:This process .* is multi-threaded")
     # Importing torch 2.11's compiler calls its own deprecated `torch.jit.script_method`.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch")
 

@@ -7,6 +7,7 @@ import io
 import mmap
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,14 @@ def decode(content: np.ndarray, window: Sequence[int], flip: bool, side: int) ->
     return np.array(ImageOps.mirror(image) if flip else image)
 
 
+def _memory() -> int:
+    """Bytes that the machine, or the container, has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no container, or no limit
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
+
+
 def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or reason(error)
 
@@ -218,8 +227,7 @@ def load_folder(
     if strange := sorted(set(test.classes) - set(train.classes)):
         raise UserError(f"{test.folder} must hold classes of {train.folder}, got {strange[0]}")
     total = sum(int(tree.sizes.sum()) for tree in trees)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    hold = cache == "on" or (cache == "auto" and total <= HELD * memory)
+    hold = cache == "on" or (cache == "auto" and total <= HELD * _memory())
     number = torch.tensor([train.classes.index(name) for name in test.classes])
     for tree in trees:
         images = Files(

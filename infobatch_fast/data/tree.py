@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # that both decoders know
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 TAIL = 4096  # bytes in which the end's marker must be: some writers let more follow it
-THREADS = 16  # for files on a disk or a network far away; what they hold is read in microseconds
+THREADS, PART = 16, 256  # that wait for a disk or a network; files that one looks into at a time
 
 
 @dataclass
@@ -67,13 +68,6 @@ def read_tree(folder: Path, bad: BadFiles, say: Callable[[str], None]) -> Tree:
     """
     try:
         classes = sorted(each.name for each in os.scandir(folder) if each.is_dir())
-        paths = [
-            (os.path.join(place, name), label)
-            for label, each in enumerate(classes)
-            for place, _, names in sorted(os.walk(folder / each, followlinks=True))
-            for name in sorted(names)
-            if name.lower().endswith(SUFFIXES)
-        ]
     except OSError as error:
         raise UserError(
             f"{folder} must be a folder that can be read, got {reason(error)}"
@@ -81,31 +75,35 @@ def read_tree(folder: Path, bad: BadFiles, say: Callable[[str], None]) -> Tree:
     kept = _cache(folder)
     known = _load(kept)
     with ThreadPoolExecutor(THREADS) as threads:
-        stats = list(threads.map(_stat, (path for path, _ in paths)))
-        keys = [
-            (os.fsencode(os.path.relpath(path, folder)), *stat)
-            for (path, _), stat in zip(paths, stats, strict=True)
-        ]
-        new = [i for i, key in enumerate(keys) if key not in known]
+        walked = list(threads.map(partial(_walk, folder), classes))
+        keys = [key for each in walked for key in each]
+        new = [key for key in keys if key not in known]
         if new:
-            say(f"index      looking into {len(new):,} of {len(paths):,} files of {folder}")
-            found = threads.map(_check, (paths[i][0] for i in new))
-            known |= {keys[i]: value for i, value in zip(new, found, strict=True)}
-    all_of = [known[key] for key in keys]
+            say(f"index      looking into {len(new):,} of {len(keys):,} files of {folder}")
+        parts = [new[start : start + PART] for start in range(0, len(new), PART)]
+        for part, found in zip(parts, threads.map(partial(_check, folder), parts), strict=True):
+            known.update(zip(part, found, strict=True))
     if new or len(known) > len(keys):
-        _save(kept, dict(zip(keys, all_of, strict=True)))
-    named = zip(keys, all_of, strict=True)
-    bad.add({f"{folder.name}/{os.fsdecode(key[0])}": each[2] for key, each in named if each[2]})
-    good = [i for i, each in enumerate(all_of) if not each[2]]
+        known = {key: known[key] for key in keys}
+        _save(kept, known)
+    bad.add({f"{folder.name}/{os.fsdecode(k[0])}": known[k][2] for k in keys if known[k][2]})
+    good = [
+        (label, key, known[key])
+        for label, each in enumerate(walked)
+        for key in each
+        if not known[key][2]
+    ]
     if not good:
         raise UserError(f"{folder} must hold a folder of images for each class, got no image")
+    labels, found, sides = zip(*good, strict=True)
+    names, sizes, _ = zip(*found, strict=True)
     return Tree(
         folder,
         tuple(classes),
-        np.array([keys[i][0] for i in good]),
-        np.array([paths[i][1] for i in good], np.int64),
-        np.array([keys[i][1] for i in good], np.int64),
-        np.array([all_of[i][:2] for i in good], np.int64),
+        np.array(names),
+        np.array(labels, np.int64),
+        np.array(sizes, np.int64),
+        np.array([each[:2] for each in sides], np.int64),
     )
 
 
@@ -113,14 +111,25 @@ Key = tuple[bytes, int, int]  # name, size, time of the last change in ns
 Found = tuple[int, int, str]  # height, width, what is wrong
 
 
-def _stat(path: str) -> tuple[int, int]:
-    with suppress(OSError):  # of a link to nowhere; `_check` names it
-        stat = os.stat(path)
-        return stat.st_size, stat.st_mtime_ns
-    return -1, 0
+def _walk(folder: Path, name: str) -> list[Key]:
+    """The images of a class."""
+    keys = []
+    for place, _, names in sorted(os.walk(folder / name, followlinks=True)):
+        for name in sorted(names):
+            if name.lower().endswith(SUFFIXES):
+                path, size, time = os.path.join(place, name), -1, 0
+                with suppress(OSError):  # of a link to nowhere, which is then found to be bad
+                    stat = os.stat(path)
+                    size, time = stat.st_size, stat.st_mtime_ns
+                keys.append((os.fsencode(os.path.relpath(path, folder)), size, time))
+    return keys
 
 
-def _check(path: str) -> Found:
+def _check(folder: Path, keys: list[Key]) -> list[Found]:
+    return [_check_file(folder / os.fsdecode(name)) for name, _, _ in keys]
+
+
+def _check_file(path: Path) -> Found:
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)

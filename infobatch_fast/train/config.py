@@ -87,8 +87,9 @@ class Config:
         log: tensorboard has the epochs' figures in the run's folder.
         checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
         out: the run's folder, new or empty; default runs/<name>.
-        resume: run folder to continue; only --data-dir, --loader, --checkpoint-every,
-            --eval-every, --telemetry and --host-syncs may change.
+        resume: run folder to continue; only --data-dir, --loader, --workers, --cache,
+            --max-bad-files, --checkpoint-every, --eval-every, --telemetry, --host-syncs and --log
+            may change.
         evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
     """
 

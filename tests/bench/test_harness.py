@@ -238,6 +238,7 @@ MISTAKES = [
     (overhead, "--sizes many", "sizes", "many"),
     (throughput, "--samples 0", "samples", "0"),
     (throughput, "--workers 0", "workers", "0"),
+    (throughput, "--files -1", "files", "-1"),
     (throughput, "--batch-sizes 8 -1", "batch_sizes", "-1"),
     (throughput, "--forms fast", "forms", "fast"),
     (throughput, "--models --batch-sizes", "models", "none"),

@@ -15,7 +15,7 @@ import throughput
 import torch
 import torch.nn.functional as F
 from harness import Absent, Bench
-from sides import kernels, loaders, peers, pruning, steps
+from sides import folders, kernels, loaders, peers, pruning, steps
 from sides.pruning import FullData, NumpyPruning, OnDevice
 from sides.work import traffic, work_an_image
 from steps_made import FakeCuda
@@ -288,6 +288,23 @@ def test_forms_that_are_not_here_are_absent_and_the_rest_is_measured(bench):
         assert rows["plain", side].more["TFLOP/s"] > 0
         for name in ("graph", *steps.SWITCHES):
             assert rows[name, side].absent, name
+
+
+def test_loaders_of_files_agree_and_read_half_for_half(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = throughput.Throughput(quick=True, workers=1, files=16)
+    throughput.measure_folders(bench, make_synthetic(20, 10, seed=1), options)
+    rows = {(line.case["files"], line.case["side"]): line for line in bench.lines}
+    assert not [line.absent for line in bench.lines if line.absent and "DALI" not in line.absent]
+    whole, half = (rows[files, "ours, Pillow in 1 worker"].more for files in ("all", "half"))
+    assert (whole["decoded_images"], half["decoded_images"]) == (16, 8)
+    assert half["read_bytes"] == pytest.approx(whole["read_bytes"] / 2, rel=0.1)
+    pair = (torch.zeros(2, 3, 4, 4), torch.zeros(2))
+    data = make_synthetic(2, 1)
+    folders._compare(data, pair, pair)
+    for other in ((pair[0] + 0.1, pair[1]), (pair[0], pair[1] + 1)):
+        with pytest.raises(Absent, match="output differs"):
+            folders._compare(data, other, pair)
 
 
 def test_each_switch_changes_one_thing_of_the_last_form():
