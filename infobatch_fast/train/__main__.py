@@ -108,6 +108,9 @@ def resume(folder: Path, arguments: Sequence[str], interrupts: Interrupts, say: 
                 records.write_epochs(folder / records.EPOCHS, [])
             data = load_data(settings, find_device(settings.device), say)
             _check(settings, data)
+            known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
+            if known is not None and data.fingerprint() != known:
+                raise UserError(f"data_dir must hold the data of the run {folder}, got others")
             summary = train(settings, data, folder, saved, interrupts, say)
     for line in console.summary_lines(summary, folder):
         say(line)

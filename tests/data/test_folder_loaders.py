@@ -149,6 +149,16 @@ def test_what_is_pruned_is_neither_read_nor_decoded(kind, cache, tmp_path: Path)
     assert counts.read == expected
 
 
+def test_files_are_kept_where_they_take_a_quarter_of_the_memory(tmp_path, monkeypatch) -> None:
+    data = load(make_tree(tmp_path))
+    total = sum(int(files.tree.sizes.sum()) for files in (data.images, data.test_images))
+    for memory, held in ((4 * total, True), (4 * total - 1, False)):
+        monkeypatch.setattr(folder_module, "_memory", lambda memory=memory: memory)
+        assert (load(tmp_path).images.held is not None) == held
+        assert load(tmp_path, cache="on").images.held is not None
+        assert load(tmp_path, cache="off").images.held is None
+
+
 @either
 @pytest.mark.parametrize("broken", ["undecodable", "gone", "changed"])
 def test_a_file_that_fails_is_left_out_and_named(kind: str, broken: str, tmp_path: Path) -> None:

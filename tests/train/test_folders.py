@@ -33,7 +33,9 @@ def train(folder: Path, *arguments: object, dataset: str = "folder") -> int:
 
 
 @pytest.mark.parametrize("kind", ["torch", "dali"])
-def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(kind, tmp_path, monkeypatch) -> None:
+def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(
+    kind, tmp_path, monkeypatch, capsys
+) -> None:
     if kind == "dali":
         pytest.importorskip("nvidia.dali")
     data = make_tree(tmp_path / "data", train=8)
@@ -51,6 +53,9 @@ def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(kind, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         train(data, *options, "--out", tmp_path / "parts")
     monkeypatch.setattr(Ledger, "save", save)
+    other = make_tree(tmp_path / "other", train=9)
+    message = fails(capsys, "--resume", tmp_path / "parts", "--data-dir", other)
+    assert message.startswith("data_dir must hold the data of the run")
     assert resume(tmp_path / "parts", "--data-dir", data) == 0
     assert_alike(tmp_path / "whole", tmp_path / "parts")
     assert sum(line["kept"] for line in lines_of(tmp_path / "whole")) < 4 * 16
