@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from infobatch_fast.data.dali import PREFETCH, Pipelined
 from infobatch_fast.data.folder import GREY_WINDOW, Files
 from infobatch_fast.data.loader import BatchT, EpochPlan
 
-READERS = 16  # threads that wait for the disk
+READERS, PART = 16, 16  # threads that wait for the disk, and files that one reads at a time
 
 
 class DaliFolderLoader(Pipelined):
@@ -82,14 +83,18 @@ class DaliFolderLoader(Pipelined):
         for each in (number, number + 1):
             if each not in self._reading:
                 rows = files.rows[self._numbers(each * self.batch_size)]
-                self._reading[each] = self._threads.map(files.read, rows.tolist())
-        contents, read, why = zip(*self._reading.pop(number), strict=True)
+                self._reading[each] = self._threads.map(self._read, rows.split(PART))
+        read_all = chain.from_iterable(self._reading.pop(number))
+        contents, read, why = zip(*read_all, strict=True)
         numbers = self._numbers(span.start)
         files.note(numbers, list(zip(read, why, strict=True)))
         start = self._first + span.start
         windows, flips = files.windows(numbers, self.seed, self._epoch, start, self.augment)
         anchors, shapes = (each.int().contiguous().numpy() for each in windows.split(2, 1))
         return list(contents), anchors, shapes, flips.int().numpy()
+
+    def _read(self, rows: Tensor) -> list[tuple[Any, int, str]]:
+        return [self._files.read(row) for row in rows.tolist()]
 
     def _numbers(self, start: int, batches: int = 1) -> Tensor:
         """Of the samples from `start` on among those served."""
@@ -131,7 +136,7 @@ class DaliFolderLoader(Pipelined):
         return self._undecodable(first) | self._undecodable(second)
 
     def _decodes(self, numbers: Tensor) -> bool:
-        contents = [self._files.read(row)[0] for row in self._files.rows[numbers].tolist()]
+        contents = [content for content, _, _ in self._read(self._files.rows[numbers])]
         pipeline = self._new_pipeline(len(numbers), 1)
         with pipeline:
             encoded = fn.external_source(lambda: contents, dtype=DALIDataType.UINT8, ndim=1)

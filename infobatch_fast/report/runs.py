@@ -14,7 +14,8 @@ from infobatch_fast.train.records import EpochLine, RunRecord, Summary
 
 # Settings that make no other experiment. A preset is the defaults of those that stand beside it.
 FREE = {"seed", "preset", "epochs", "device", "loader", "host_syncs"}
-FREE |= {"eval_every", "checkpoint_every", "telemetry"}
+FREE |= {"eval_every", "checkpoint_every", "telemetry", "log"}
+FREE |= {"workers", "cache", "max_bad_files"}
 FREE |= {field.name for field in fields(Pruning)}
 
 
