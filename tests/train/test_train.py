@@ -283,6 +283,7 @@ def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
     pruning |= {"score": "bls", "ratio_schedule": "pods", "target_saving": 0.2}
     args, kwargs = seen["InfoBatch"]
     assert args == (120, 2)
+    assert kwargs.pop("labels").numel() == 120
     assert kwargs == {**pruning, "seed": 7, "device": torch.device("cpu")}
     args, kwargs = seen["make_loader"]
     assert (args[0], args[3], kwargs["seed"]) == ("torch", 20, 7)
