@@ -4,7 +4,8 @@ accuracy and cost hold full data and InfoBatch by r; ablation its parts one by o
 r = 0.5; policies every policy, soft with score bls and soft with r by pods, each leaving out a
 quarter of the samples of all epochs (half of what is possible, where a quarter is not). Each table
 also has training shorter: full data for as many epochs as see the samples that InfoBatch saw with
-the same seed (at r = 0.5; in policies, with a quarter left out).
+the same seed (at r = 0.5; in policies, with a quarter left out). budget holds policies and
+training shorter side by side, each on 0.75, 0.625 and 0.5 of the samples of full data.
 
 Each run is one command of the trainer, in a folder named by its settings, by which another call
 finds it. `<out>/<run>.log` has what the trainer said, `<out>/results.jsonl` a line a run.
@@ -48,7 +49,8 @@ _CODE = (
 )
 LAUNCH = (sys.executable, "-S", "-c", _CODE) if sys.platform == "linux" else ()
 
-TABLES = ("accuracy", "cost", "ablation", "policies")
+TABLES = ("accuracy", "cost", "ablation", "policies", "budget")
+BUDGETS = (0.75, 0.625, 0.5)
 EPOCHS = {"paper": 200, "quick": 10}  # of the presets
 SAVING = 0.25  # what all policies leave out, where a run of so many epochs can
 ABLATION = [
@@ -85,7 +87,7 @@ class Options:
         extra: words for the trainer.
     """
 
-    table: Literal["accuracy", "cost", "ablation", "policies", "all"] = "all"
+    table: Literal["accuracy", "cost", "ablation", "policies", "budget", "all"] = "all"
     seeds: tuple[int, ...] = (0,)
     ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
     dataset: Literal["cifar10", "cifar100", "synthetic"] = "cifar10"
@@ -181,6 +183,10 @@ def make_plan(options: Options) -> list[Planned]:
 
     for seed in options.seeds:
         for table in TABLES if options.table == "all" else [options.table]:
+            if table == "budget":
+                for pruning, epochs in budget_runs(whole):
+                    add(table, pruning, seed, epochs, _passes(pruning, epochs))
+                continue
             prunings, main = prunings_of(table, whole, options.ratios)
             for pruning in prunings:
                 add(table, pruning, seed, whole, _passes(pruning, whole))
@@ -227,6 +233,23 @@ def prunings_of(
     except ValueError as error:
         raise UserError(str(error)) from None
     return by_ratio, Pruning() if Pruning() in by_ratio else by_ratio[-1]
+
+
+def budget_runs(epochs: int) -> Iterator[tuple[Pruning, int]]:
+    """The table's runs and their epochs: what cannot be in so few is left out."""
+    from infobatch_fast.budget import spend  # it imports torch
+
+    yield FULL, epochs
+    for budget in BUDGETS:
+        yield FULL, max(1, round(budget * epochs))
+        for policy in ("soft", "random", "hard", "ucb"):
+            rescale = policy != "random"  # of all samples alike it would be a higher rate
+            yield Pruning(policy, rescale=rescale, target_saving=1 - budget), epochs
+        with suppress(ValueError):
+            spending = spend(budget, epochs)
+            for policy in ("hard", "ucb"):
+                saving = spending.pruning["target_saving"]
+                yield Pruning(policy, target_saving=saving), spending.epochs  # pyright: ignore
 
 
 def _passes(pruning: Pruning, epochs: int) -> float:

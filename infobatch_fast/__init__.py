@@ -11,16 +11,27 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "InfoBatch": "infobatch",
+    "spend": "budget",
     "Plan": "plan",
     "Batch": "plan",
     "ProgressLR": "adapters.progress",
     "DaliLoader": "data.dali",
     "TorchLoader": "data.loader",
 }
-__all__ = ["Batch", "DaliLoader", "InfoBatch", "Plan", "ProgressLR", "TorchLoader", "__version__"]
+__all__ = [
+    "Batch",
+    "DaliLoader",
+    "InfoBatch",
+    "Plan",
+    "ProgressLR",
+    "TorchLoader",
+    "__version__",
+    "spend",
+]
 
 if TYPE_CHECKING:
     from infobatch_fast.adapters.progress import ProgressLR
+    from infobatch_fast.budget import spend
     from infobatch_fast.data.dali import DaliLoader
     from infobatch_fast.data.loader import TorchLoader
     from infobatch_fast.infobatch import InfoBatch

@@ -6,11 +6,59 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from infobatch_fast.pruning import DELTA, Pruning
+
 PODS_PERIOD = 10  # epochs, about: whole periods fit the epochs that prune
 PODS_SWING = 0.5  # of the ratio, to either side
 # What a target may leave out of the prunable samples where those kept are weighted by n / k: at a
 # ratio near 1 a single sample would stand for all of them, and one step ruins the network.
 MOST_WEIGHTED = 0.9
+
+
+# Where a budget is spent: measured, see docs/policies.md. Leaving out more of a run than a third
+# gained less than fewer epochs did, and so did more of an epoch than two thirds.
+RECOMMENDED = "ucb"
+MOST_OF_A_RUN, MOST_OF_AN_EPOCH = 1 / 3, 2 / 3
+
+
+class Spending(NamedTuple):
+    """How to spend a budget: `InfoBatch(len(dataset), epochs, **pruning)`.
+
+    Attributes:
+        epochs: of the run.
+        pruning: arguments of `InfoBatch`: the recommended policy, and the share of the samples of
+            these epochs to leave out.
+    """
+
+    epochs: int
+    pruning: dict[str, str | float]
+
+
+def spend(budget: float, num_epochs: int, delta: float = DELTA) -> Spending:
+    """What to train on for a share of the samples of so many full epochs.
+
+    As many epochs as may be, up to num_epochs, while a third of their samples are left out at most.
+
+    Args:
+        budget: the share, in (0, 1).
+        num_epochs: of the run that it is a share of.
+        delta: share of the epochs that prune, in (0, 1].
+
+    Raises:
+        ValueError: budget is out of range, or the epochs are too few to spend it.
+    """
+    if not 0 < budget < 1:
+        raise ValueError(f"budget must be in (0, 1), got {budget}")
+    for epochs in range(num_epochs, 0, -1):
+        saving = 1 - budget * num_epochs / epochs
+        prunes = Pruning(delta=delta).first_full_epoch(epochs) - 1  # the first epoch is full
+        most = min(MOST_OF_A_RUN, MOST_OF_AN_EPOCH * max(0, prunes) / epochs)
+        if 0 < saving <= most + 1e-9:
+            return Spending(epochs, {"policy": RECOMMENDED, "target_saving": saving})
+    full = round(budget * num_epochs)
+    if full and abs(full / (budget * num_epochs) - 1) < 0.005:
+        return Spending(full, {"policy": "none"})
+    raise ValueError(f"budget must leave epochs that prune, got {budget} of {num_epochs} epochs")
 
 
 class Budget(NamedTuple):

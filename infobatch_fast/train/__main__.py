@@ -64,6 +64,9 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
     """Train a run of its own."""
     settings = config.parse(arguments, cuda=torch.cuda.is_available())
     say(console.preset_line(settings, config.peek(arguments, "preset") is not None))
+    asked, settings = settings, config.spent(settings)
+    if asked.budget is not None:
+        say(console.budget_line(asked, settings))
     device = find_device(settings.device)
     data = load_data(settings, device, say, stand_in=True)
     settings = config.settle(settings, data.name, device.type)

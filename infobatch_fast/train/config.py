@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from infobatch_fast.budget import spend
 from infobatch_fast.errors import UserError, unknown_name
 from infobatch_fast.policies import find
 from infobatch_fast.pruning import Pruning
@@ -16,8 +17,9 @@ from infobatch_fast.train import cli, records
 
 MODELS = ("r18", "r34", "r50", "r101", "small")
 DATASETS = ("cifar10", "cifar100", "synthetic", "folder")
-# Never written to a run's record: they name places on this machine, or an action.
-UNRECORDED = ("data_dir", "out", "resume", "evaluate")
+# Never written to a run's record: they name places on this machine, or an action. Of a budget the
+# record has the epochs and the pruning that it is spent by.
+UNRECORDED = ("budget", "data_dir", "out", "resume", "evaluate")
 # What --resume may change: none of it alters which samples are trained on, or how. A device does:
 # its generators draw other plans from the same seed.
 RESUMABLE = (
@@ -48,6 +50,8 @@ class Config:
             small is for CPUs; timm:NAME is timm's; module:function makes a network of one's own
             from the number of classes.
         epochs: passes over the (pruned) data.
+        budget: share in (0, 1) of the samples of --epochs full epochs to train on: the epochs, and
+            what they leave out by the recommended policy, follow from it.
         batch_size: samples a step.
         optimizer: lars and lamb adapt the learning rate of each layer.
         max_lr: peak of the one-cycle learning rate.
@@ -97,6 +101,7 @@ class Config:
     pruning: Annotated[Pruning, tyro.conf.OmitArgPrefixes] = field(default_factory=Pruning)
     model: Annotated[str, _MODEL] = "r50"
     epochs: int = 200
+    budget: float | None = None
     batch_size: int = 200
     optimizer: Literal["sgd", "adam", "lars", "lamb"] = "lars"
     max_lr: float = 5.2
@@ -259,8 +264,29 @@ def settle(config: Config, dataset: str, device: str) -> Config:
     return replace(config, dataset=dataset, device=device, whole_batches=whole, loader=loader)
 
 
+def spent(config: Config) -> Config:
+    """The settings with epochs and pruning of their budget, if they have one."""
+    if config.budget is None:
+        return config
+    try:
+        epochs, pruning = spend(config.budget, config.epochs, config.pruning.delta)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return replace(config, epochs=epochs, pruning=replace(config.pruning, **pruning))
+
+
+# Only one of them says how much is left out.
+_EXCLUSIVE = ("budget", "target-saving", "ratio"), ("budget", "policy")
+
+
 def _command_line(arguments: Sequence[str], default: Config) -> Config:
-    target, ratio = peek(arguments, "target-saving"), peek(arguments, "ratio")
-    if target is not None and ratio is not None:
-        raise UserError(f"target_saving must be given without ratio, got {target} and {ratio}")
+    for names in _EXCLUSIVE:
+        given = {name: peek(arguments, name) for name in names}
+        first, *others = [name for name, value in given.items() if value is not None] or [""]
+        if others:
+            name, value = others[0].replace("_", "-"), given[others[0]]
+            raise UserError(
+                f"{first.replace('-', '_')} must be given without {name}, "
+                f"got {given[first]} and {value}"
+            )
     return cli.parse(Config, arguments, "python -m infobatch_fast.train", default)

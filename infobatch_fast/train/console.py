@@ -24,6 +24,16 @@ def preset_line(settings: Config, chosen: bool) -> str:
     return f"preset     {settings.preset}, {'as asked for' if chosen else why}"
 
 
+def budget_line(asked: Config, settings: Config) -> str:
+    """How a budget is spent."""
+    of = settings.pruning
+    out = f", {of.target_saving:.1%} of the samples left out by {of.policy}" * (not of.full_data)
+    return (
+        f"budget     {asked.budget:g} of the samples of {asked.epochs} full epochs: "
+        f"{settings.epochs} epochs{out}; what that was worth is in docs/policies.md"
+    )
+
+
 def header(
     settings: Config,
     data: Dataset,
