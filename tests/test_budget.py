@@ -13,6 +13,7 @@ from infobatch_fast.budget import (
     PODS_SWING,
     Budget,
     scheduled_ratio,
+    spend,
     to_save,
     wave,
 )
@@ -36,6 +37,52 @@ def test_kept_on_device_is_the_number_kept(n: int) -> None:
         assert budget.kept(n) == max(0.0, n - number)
         assert budget.kept_on_device(torch.tensor(n)).item() == max(1, round(n - number))
         assert budget.prunes == (number > 0)
+
+
+# Spending
+
+SHARES = (0.9, 0.75, 0.6, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("num_epochs", [4, 5, 10, 16, 90, 200])
+@pytest.mark.parametrize("share", SHARES)
+def test_a_budget_is_spent_by_as_many_epochs_as_may_be(share: float, num_epochs: int) -> None:
+    if share * num_epochs < 2:  # one epoch, or two, of which none prunes
+        with pytest.raises(ValueError, match=f"got {share} of {num_epochs} epochs"):
+            spend(share, num_epochs)
+        return
+    epochs, pruning = spend(share, num_epochs)
+    saving = pruning.get("target_saving", 0.0)
+    assert isinstance(saving, float)
+    assert epochs * (1 - saving) == pytest.approx(share * num_epochs)
+    assert saving < 1 / 3 + 1e-6
+    if epochs < num_epochs and num_epochs > 5:
+        assert 1 - share * num_epochs / (epochs + 1) > 1 / 3  # one more would leave out too much
+
+
+@pytest.mark.parametrize("num_epochs", [8, 16, 30])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("batch", [None, 25])
+def test_a_budget_is_hit_within_half_a_percent(
+    share: float, num_epochs: int, batch: int | None
+) -> None:
+    epochs, pruning = spend(share, num_epochs)
+    infobatch = InfoBatch(1003, epochs, device="cpu", **pruning)  # pyright: ignore
+    generator, trained = torch.Generator().manual_seed(1), 0
+    for epoch in range(epochs):
+        plan = infobatch.sample(epoch, batch)
+        infobatch.record(torch.rand(len(plan), generator=generator), plan.batch(0, len(plan)))
+        trained += len(plan)
+    assert trained / (1003 * num_epochs) == pytest.approx(share, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "words"),
+    [(1.0, 10, r"budget must be in \(0, 1\), got 1.0"), (0.6, 2, "budget .* got 0.6 of 2 epochs")],
+)
+def test_budgets_that_cannot_be_spent(share: float, epochs: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        spend(share, epochs)
 
 
 # Schedules

@@ -19,7 +19,7 @@ from infobatch_fast.report.page import MARK, Block, Heading, Table, Text, markdo
 from infobatch_fast.report.plots import plots
 from infobatch_fast.report.read import Inputs, read
 from infobatch_fast.report.runs import sections
-from infobatch_fast.report.tables import answer, reported_tables, run_table
+from infobatch_fast.report.tables import answer, budget_table, reported_tables, run_table
 from infobatch_fast.train.cli import Say, command, complain, parse
 from infobatch_fast.train.records import make_folder, write_atomically
 
@@ -53,7 +53,8 @@ def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
     found = sections(inputs.runs)
     for section in found:
         (rest if first else first).extend([Heading(section.title, 1), *answer(section)])
-        rest += [*reported_tables(section), Heading("Runs", 2), *run_table(section)]
+        rest += [*budget_table(section), *reported_tables(section)]
+        rest += [Heading("Runs", 2), *run_table(section)]
         rest += [Heading("Plots", 2), *plots(section)]
     if others := [section.title for section in found[1:]]:
         first.append(Text(f"Further settings, below: {'; '.join(others)}.", "aside"))

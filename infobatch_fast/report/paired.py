@@ -124,19 +124,45 @@ def against_shorter(mine: Training, others: Sequence[Training]) -> Paired | None
     return _paired(mine, full) if mine.pruning != FULL else None
 
 
+def by_budget(rows: Sequence[Training]) -> list[tuple[float, list[tuple[Training, Paired | None]]]]:
+    """Trainings that saw equally many samples, to 1%, each against the longest of full data.
+
+    Returns:
+        (share of that one's samples, its trainings, full data first), by share downwards, of the
+        shares at which something that prunes has a rival.
+    """
+    longest = max((of for of in rows if of.pruning == FULL), key=lambda of: of.epochs, default=None)
+    if longest is None:
+        return []
+    samples = longest.frame["trained"].mean()
+    groups: dict[float, list[tuple[Training, Paired | None]]] = {}
+    for row in sorted(rows, key=lambda row: row.pruning != FULL):
+        share = round(row.frame["trained"].mean() / samples, 2)
+        pair = None if row is longest else _paired(row, [longest], near=False)
+        groups.setdefault(share, []).append((row, pair))
+    return [
+        (share, groups[share])
+        for share in sorted(groups, reverse=True)
+        if len(groups[share]) > 1 and groups[share][-1][0].pruning != FULL
+    ]
+
+
 def shorter_epochs(run: Run) -> int:
     """So many epochs of full data see as many samples as the run did."""
     return max(1, round(run.trained / run.size))
 
 
-def _paired(mine: Training, others: Sequence[Training]) -> Paired | None:
-    """Each seed against the run of it that saw the most nearly equal number of samples."""
+def _paired(mine: Training, others: Sequence[Training], near: bool = True) -> Paired | None:
+    """Each seed against the run of it that saw the most nearly equal number of samples.
+
+    With near, fewer epochs count as many where their samples are as many to one epoch.
+    """
     if not others:
         return None
     theirs = pd.concat([of.frame.assign(epochs=of.epochs) for of in others])
     both = mine.frame.merge(theirs, on="seed", suffixes=("", "_other")).reset_index()
     both["far"] = (both["trained"] - both["trained_other"]).abs()
-    if others[0].epochs != mine.epochs:
+    if near and others[0].epochs != mine.epochs:
         both = both[both["far"] <= mine.runs[0].size]
     both = both.sort_values(["far", "epochs"]).drop_duplicates("seed").sort_values("seed")
     if both.empty:

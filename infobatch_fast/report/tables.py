@@ -13,6 +13,7 @@ from infobatch_fast.report.paired import (
     Training,
     against_full,
     against_shorter,
+    by_budget,
     shorter_epochs,
     trainings,
 )
@@ -80,6 +81,32 @@ def answer(section: Section) -> list[Block]:
         command = _train(lead.runs[0], pruning, epochs)
         blocks += [Text(f"Lacking is {what}{likewise}:"), Code(command)]
     return blocks
+
+
+def budget_table(section: Section) -> list[Block]:
+    """What was reached on equally many samples, where there are several numbers of them."""
+    rows = trainings(section)
+    if len(groups := by_budget(rows)) < 2:
+        return []
+    cells = [
+        [
+            *(f"{100 * share:.0f}%", row.label, str(row.epochs), str(len(row.frame))),
+            mean([*row.frame["accuracy"]], 2),
+            *(NONE if of is None else _brief(of) for of in (full, against_shorter(row, rows))),
+        ]
+        for share, group in groups
+        for row, full in group
+    ]
+    head = ["samples", "training", "epochs", "seeds", "accuracy %"]
+    about = (
+        "Samples are a share of those of the longest training on full data, which the first "
+        "difference is against."
+    )
+    return [
+        Heading("On equally many samples", 2),
+        Table([*head, "against full data", "against training shorter"], cells, left=2),
+        Text(about, "aside"),
+    ]
 
 
 def run_table(section: Section) -> list[Block]:

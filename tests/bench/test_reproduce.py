@@ -55,6 +55,18 @@ def test_the_runs_of_a_table(table: str, expected: str) -> None:
     assert set(names(table)) == runs | {"eX-full-s0"}
 
 
+def test_the_runs_of_a_budget() -> None:
+    runs = names("budget", epochs=16)
+    assert [run for run in runs if "full" in run] == [f"e{n}-full-s0" for n in (16, 12, 10, 8)]
+    of_half = {run.removesuffix("-s0") for run in runs if "0.5" in run or run.startswith("e12")}
+    policies = ("soft", "hard", "ucb")
+    assert of_half == {
+        *(f"e16-{policy}-save0.5" for policy in policies),
+        *(f"e12-{policy}-save0.333333" for policy in policies[1:]),
+        *("e16-random-save0.5-norescale", "e12-full"),
+    }
+
+
 def test_all_tables_train_each_run_once_and_the_trainer_takes_their_commands() -> None:
     options = settle(Options(seeds=(3, 1), preset="paper", out=Path("none")), ())
     plan = make_plan(options)
@@ -62,13 +74,14 @@ def test_all_tables_train_each_run_once_and_the_trainer_takes_their_commands() -
     assert {planned.name.removeprefix("cifar10-paper-") for planned in plan} == apart
     assert len(plan) == len(apart)
     tables = {planned.name.removeprefix("cifar10-paper-"): planned.tables for planned in plan}
-    assert tables["e200-full-s3"] == ["accuracy", "cost", "policies"]
+    assert tables["e200-full-s3"] == ["accuracy", "cost", "policies", "budget"]
     assert tables["e200-soft-r0.5-s1"] == ["accuracy", "cost", "ablation"]
     for planned in plan:
         if planned.epochs is not None:
             taken = config.parse(planned.words, cuda=False).recorded()
             assert Pruning.of(taken).method == planned.pruning.method
-            assert (taken["epochs"], f"s{taken['seed']}") == (200, planned.name[-2:])
+            assert (taken["epochs"], f"s{taken['seed']}") == (planned.epochs, planned.name[-2:])
+            assert planned.epochs == 200 or planned.tables == ["budget"]
 
 
 @pytest.mark.parametrize(("epochs", "saving"), [(200, 0.25), (3, 0.25)])

@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 from report_made import FULL, GPU, write_run
 
+from infobatch_fast.report.page import Table
 from infobatch_fast.report.paired import (
     Paired,
     against_full,
     against_shorter,
+    by_budget,
     quantile,
     seeds_needed,
     trainings,
 )
 from infobatch_fast.report.read import read
 from infobatch_fast.report.runs import sections
+from infobatch_fast.report.tables import budget_table
 
 
 @pytest.mark.parametrize(
@@ -141,6 +144,30 @@ def test_training_shorter_is_the_nearest_within_an_epoch(tmp_path: Path) -> None
     assert dict(shorter.points) == {0: pytest.approx(1.0)}
     assert "3 epochs" in shorter.against
     assert shorter.samples == pytest.approx(1 - 3.4 / 3)
+
+
+def test_trainings_on_equally_many_samples(tmp_path: Path) -> None:
+    # Of eight full epochs' 8,000 samples: three epochs of a pruned run of four save 400 r each.
+    for seed in (0, 1):
+        write_run(tmp_path / f"a{seed}", {"epochs": 8, "seed": seed, **FULL}, accuracy=0.9)
+        write_run(tmp_path / f"b{seed}", {"epochs": 4, "seed": seed, **FULL}, accuracy=0.8)
+        write_run(tmp_path / f"c{seed}", {"epochs": 3, "seed": seed, **FULL}, accuracy=0.7)
+        for name, ratio in (("hard", 0.5), ("random", 0.5), ("ucb", 0.9)):
+            how = {"policy": name, "ratio": ratio, "seed": seed}
+            write_run(tmp_path / f"{name}{seed}", how, accuracy=0.75 + seed / 100)
+    (section,) = sections(read([tmp_path]).runs)
+    ((share, group),) = by_budget(trainings(section))
+    assert share == round(3400 / 8000, 2)
+    assert [row.pruning.policy for row, _ in group] == ["hard", "random"]
+    for _, full in group:
+        assert full is not None
+        assert list(full.points) == pytest.approx([-15, -14])
+    assert budget_table(section) == []  # of one share the first table says all
+    for seed in (0, 1):
+        write_run(tmp_path / f"d{seed}", {"policy": "seta", "ratio": 0.9, "seed": seed})
+    (section,) = sections(read([tmp_path]).runs)
+    table = next(block for block in budget_table(section) if isinstance(block, Table))
+    assert [row[0] for row in table.rows] == ["42%", "42%", "36%", "36%"]
 
 
 @pytest.mark.parametrize(
