@@ -114,6 +114,8 @@ class InfoBatchMixin(_Base):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
         )
         return self.accelerator.prepare(loader)

@@ -38,6 +38,18 @@ class Pipelined(Loader):
             prefetch_queue_depth=PREFETCH,
         )
 
+    def _normalised(self, pixels: Any, flip: Any, **crop: Any) -> Any:
+        """Within a pipeline: pixels as floats, flipped and cropped."""
+        return fn.crop_mirror_normalize(
+            pixels,
+            mirror=flip,
+            mean=[255 * value for value in self.mean],
+            std=[255 * value for value in self.std],
+            dtype=DALIDataType.FLOAT,
+            output_layout="HWC",
+            **crop,
+        )
+
     def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
         self._serving = mine = object()
         self._drain()
@@ -123,18 +135,8 @@ class DaliLoader(Pipelined, ResidentLoader):
                 dtype=[DALIDataType.FLOAT, DALIDataType.FLOAT, DALIDataType.INT32],
                 ndim=0,
             )
-            images_out = fn.crop_mirror_normalize(
-                pixels,
-                crop=self._size,
-                crop_pos_y=crop_y,
-                crop_pos_x=crop_x,
-                mirror=flip,
-                mean=[255 * value for value in self.mean],
-                std=[255 * value for value in self.std],
-                dtype=DALIDataType.FLOAT,
-                output_layout="HWC",
-            )
-            self._pipeline.set_outputs(images_out)
+            crop = {"crop": self._size, "crop_pos_y": crop_y, "crop_pos_x": crop_x}
+            self._pipeline.set_outputs(self._normalised(pixels, flip, **crop))
         self._pipeline.build()
 
     def _start(self, plan: EpochPlan[Any], first: int) -> None:

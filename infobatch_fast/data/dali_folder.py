@@ -56,15 +56,7 @@ class DaliFolderLoader(Pipelined):
                 **self._decoding(),
             )
             pixels = fn.resize(pixels, size=[side, side], interp_type=DALIInterpType.INTERP_LINEAR)
-            images = fn.crop_mirror_normalize(
-                pixels,
-                mirror=flip,
-                mean=[255 * value for value in self.mean],
-                std=[255 * value for value in self.std],
-                dtype=DALIDataType.FLOAT,
-                output_layout="HWC",
-            )
-            self._pipeline.set_outputs(images)
+            self._pipeline.set_outputs(self._normalised(pixels, flip))
         self._pipeline.build()
 
     def _decoding(self) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def read_tree(folder: Path, bad: BadFiles, say: Callable[[str], None]) -> Tree:
         classes = sorted(each.name for each in os.scandir(folder) if each.is_dir())
     except OSError as error:
         raise UserError(
-            f"{folder} must be a folder that can be read, got {reason(error)}"
+            f"{folder} must be a folder that can be read, got {error.strerror}"
         ) from None
     kept = _cache(folder)
     known = _load(kept)

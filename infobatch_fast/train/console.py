@@ -30,7 +30,10 @@ def budget_line(asked: Config, settings: Config) -> str:
     out = f", {of.target_saving:.1%} of the samples left out by {of.policy}" * (not of.full_data)
     return (
         f"budget     {asked.budget:g} of the samples of {asked.epochs} full epochs: "
-        f"{settings.epochs} epochs{out}; what that was worth is in docs/policies.md"
+        f"{settings.epochs} epochs{out}\n"
+        "           measured against full data on as many samples, a small network, 16 epochs:\n"
+        "           +0.8 points at 0.75 (4 seeds), +1.6 at 0.625 and +1.2 at 0.5 (2 each); with\n"
+        "           wrong labels not measured; docs/policies.md has more"
     )
 
 

@@ -15,10 +15,14 @@ from infobatch_fast.policies import imported
 def called(argument: str, name: str, *arguments: Any) -> Any:
     """What the user's function gives; whatever goes wrong in it is a UserError."""
     try:
-        return imported(argument, name)(*arguments)
+        function = imported(argument, name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    try:
+        return function(*arguments)
     except Exception as error:
-        told = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"{argument} {name} failed: {told}{reason(error)}") from error
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{argument} {name} failed: {what}") from error
 
 
 def own_model(name: str, num_classes: int) -> nn.Module:
