@@ -387,8 +387,12 @@ class InfoBatch:
             kernels.record(self.scores, indices.contiguous(), losses.contiguous(), found_inf)
         if self._mine is not None:
             self._mine.index_fill_(0, indices, True)
-            self._unmerged = True
-        new, world = indices.numel(), self._share.world
+        self.count(indices.numel())
+
+    def count(self, new: int) -> None:
+        """The host's half of `record`, for new samples of which a CUDA graph replays the rest."""
+        world = self._share.world
+        self._unmerged = world > 1
         if self.plan is None or world == 1:
             self.recorded += new
             return
@@ -429,7 +433,7 @@ class InfoBatch:
         """Whether all processes have drawn the same plan. Collective, once a plan.
 
         Raises:
-            RuntimeError: they have not; the message names the epoch and the ranks.
+            Unlike: they have not, a RuntimeError; the message names the epoch and the ranks.
         """
         if self.plan is not None and self.plan is not self._compared and self._share.world > 1:
             compare(self.plan, self._share.batch_size, self.group)

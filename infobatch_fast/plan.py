@@ -55,6 +55,10 @@ class Plan:
     def __len__(self) -> int:
         return self.indices.numel()
 
+    def positions(self, device: torch.device | str) -> Tensor:
+        """(K,) int64: the samples' places in the epoch, made on a device."""
+        return torch.arange(len(self), device=device)
+
     def batch(self, start: int, stop: int) -> Batch:
         """The samples at positions start to stop of the epoch, as views."""
         return Batch(self.indices[start:stop], self.weights[start:stop])

@@ -21,6 +21,10 @@ CHUNK = 1 << 24  # samples at once: 1e9 would need as much memory again for each
 NOT_MINE = -(1 << 31)  # the least int32, in float32 the bits of -0.0
 
 
+class Unlike(RuntimeError):
+    """The ranks have drawn other plans than each other."""
+
+
 class Share(NamedTuple):
     """What one of several ranks takes of a plan.
 
@@ -51,19 +55,21 @@ class Share(NamedTuple):
 
         With drop_last, where there are several ranks, none of what the whole batches leave.
         """
+        indices, weights = (
+            self.take(values[start:], drop_last) for values in (plan.indices, plan.weights)
+        )
+        return replace(plan, indices=indices, weights=weights)
 
-        def part(values: Tensor) -> Tensor:
-            values = values[start:]
-            rest = len(values) % (self.world * self.batch_size)
-            whole, rest = values.tensor_split([len(values) - rest])
-            own = whole.view(-1, self.world, self.batch_size)[:, self.rank].flatten()
-            if drop_last or len(rest) < self.world:
-                return own
-            return torch.cat([own, rest.tensor_split(self.world)[self.rank]])
-
-        if self.world > 1:
-            return replace(plan, indices=part(plan.indices), weights=part(plan.weights))
-        return replace(plan, indices=plan.indices[start:], weights=plan.weights[start:])
+    def take(self, values: Tensor, drop_last: bool = False) -> Tensor:
+        """This rank's of consecutive samples' values."""
+        if self.world == 1:
+            return values
+        rest = len(values) % (self.world * self.batch_size)
+        whole, rest = values.tensor_split([len(values) - rest])
+        own = whole.view(-1, self.world, self.batch_size)[:, self.rank].flatten()
+        if drop_last or len(rest) < self.world:
+            return own
+        return torch.cat([own, rest.tensor_split(self.world)[self.rank]])
 
 
 def place(group: "ProcessGroup | None") -> tuple[int, int]:
@@ -102,11 +108,11 @@ def compare(plan: Plan, batch_size: int, group: "ProcessGroup | None") -> None:
     """Whether all ranks have the same plan and batch size. Collective; one host sync.
 
     Raises:
-        RuntimeError: they have not; the message names epoch and ranks.
+        Unlike: they have not; the message names epoch and ranks.
     """
     first, *others = gathered(fingerprint(plan) + batch_size, group)
     if unlike := [number for number, other in enumerate(others, 1) if other != first]:
-        raise RuntimeError(
+        raise Unlike(
             f"plan of epoch {plan.epoch} must be the same on all ranks, by seed, settings, scores "
             f"and batch size; got another than rank 0's on rank {', '.join(map(str, unlike))}"
         )

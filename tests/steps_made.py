@@ -106,7 +106,7 @@ class FakeCuda:
             assert step.model.training  # its replays normalise as it does now
             infobatch = step.infobatch
             if infobatch is not None:  # the host's part of a step runs at the capture alone
-                infobatch.recorded += len(arguments[1])
+                infobatch.count(len(arguments[1]))
 
             def body() -> None:
                 recorded = infobatch.recorded if infobatch is not None else 0

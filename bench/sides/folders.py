@@ -88,10 +88,10 @@ class _Peer(ImageFolder):
 
 
 def _peer(data: Dataset, plan: Plan, batch_size: int) -> Side:
-    peer, numbers = _Peer(data), plan.indices.cpu()
+    peer, numbers, positions = _Peer(data), plan.indices.cpu(), plan.positions("cpu")
     picks = [
-        data.images.picks(numbers[start : start + batch_size], 0, plan.epoch, start, True)
-        for start in range(0, len(plan), batch_size)
+        data.images.picks(some, 0, plan.epoch, at, True)
+        for some, at in zip(numbers.split(batch_size), positions.split(batch_size), strict=True)
     ]
     device = plan.indices.device
 

@@ -44,7 +44,9 @@ def whole_epoch(of: Pass) -> Callable[[], Batches]:
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         indices = of.plan.indices
-        rows, columns, flips = augmentation(of.seed, of.plan.epoch, 0, len(of.plan), PAD, device)
+        rows, columns, flips = augmentation(
+            of.seed, of.plan.epoch, torch.arange(len(of.plan), device=device), PAD
+        )
         images = torch.empty(len(of.plan), 3, size, size, dtype=torch.half, device=device)
         for row in range(2 * PAD + 1):  # an image is cut with all others of its offset
             for column in range(2 * PAD + 1):
@@ -71,7 +73,7 @@ class _Items:
 
     def __iter__(self) -> Iterator[list[Item]]:
         plan, size = self.of.plan, self.of.batch_size
-        crops = augmentation(self.of.seed, plan.epoch, 0, len(plan), PAD, "cpu")
+        crops = augmentation(self.of.seed, plan.epoch, torch.arange(len(plan)), PAD)
         columns = [plan.indices.tolist(), *(values.tolist() for values in crops)]
         items = list(zip(*columns, strict=True))
         return (items[start : start + size] for start in range(0, len(items), size))

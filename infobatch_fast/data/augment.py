@@ -15,9 +15,9 @@ CENTRE = 224 / 256  # side of the window in the middle, of the image's shorter s
 
 
 def augmentation(
-    seed: int, epoch: int, start: int, stop: int, pad: int, device: torch.device | str
+    seed: int, epoch: int, positions: Tensor, pad: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Crop offsets and flips of the positions start to stop of an epoch.
+    """Crop offsets and flips of the samples at positions (B,) int64 of an epoch.
 
     A pure function of (seed, epoch, position), with the same bits on every device.
 
@@ -25,24 +25,28 @@ def augmentation(
         Rows to skip, (B,) int64 uniform in [0, 2 pad]; columns to skip, the same; flips, (B,) bool.
     """
     # From 24 bits each: no offset is likelier than 1 / (2 pad + 1) by more than 2^-24.
-    one, two, bit = _drawn(f"{int(seed)} {int(epoch)}", start, stop, device)
+    one, two, bit = _drawn(f"{int(seed)} {int(epoch)}", positions)
     return one * (2 * pad + 1) >> 24, two * (2 * pad + 1) >> 24, bit
 
 
-def random_windows(seed: int, epoch: int, start: int, sides: Tensor) -> tuple[Tensor, Tensor]:
-    """Where to crop the images at positions start to start + B, as torchvision's RandomResizedCrop.
+def random_windows(
+    seed: int, epoch: int, positions: Tensor, sides: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where to crop the images at some positions of an epoch, as torchvision's RandomResizedCrop.
 
     A pure function of (seed, epoch, position) and the image's sides, on the CPU.
 
     Args:
+        positions: (B,) int64.
         sides: (B, 2) int64, height and width.
 
     Returns:
         Top, left, height and width, (B, 4) int64; flips, (B,) bool.
     """
-    stop, key = start + len(sides), f"{int(seed)} {int(epoch)}"
+    key = f"{int(seed)} {int(epoch)}"
     height, width = sides.unbind(1)
-    one, two, _ = _drawn(f"{key} size", TRIES * start, TRIES * stop, "cpu")
+    tries = TRIES * positions[:, None] + torch.arange(TRIES)
+    one, two, _ = _drawn(f"{key} size", tries.flatten())
     area, ratio = (each.view(-1, TRIES).double() / 2**24 for each in (one, two))
     area = (AREA[0] + (AREA[1] - AREA[0]) * area) * (height * width)[:, None]
     low, high = (math.log(each) for each in RATIO)
@@ -50,13 +54,13 @@ def random_windows(seed: int, epoch: int, start: int, sides: Tensor) -> tuple[Te
     tried = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 2).round().long()
     fits = ((tried > 0) & (tried <= sides[:, None])).all(2)
     some = tried[torch.arange(len(sides)), fits.int().argmax(1)]
-    one, two, _ = _drawn(f"{key} place", start, stop, "cpu")
+    one, two, _ = _drawn(f"{key} place", positions)
     place = torch.stack([one, two], 1) * (sides - some + 1) >> 24
     widest = torch.stack([(width / RATIO[0]).round(), (height * RATIO[1]).round()], 1).long()
     widest = torch.minimum(sides, widest)
     middle = torch.cat([(sides - widest) // 2, widest], 1)
     windows = torch.where(fits.any(1)[:, None], torch.cat([place, some], 1), middle)
-    return windows, augmentation(seed, epoch, start, stop, 0, "cpu")[2]
+    return windows, augmentation(seed, epoch, positions, 0)[2]
 
 
 def middle_windows(sides: Tensor) -> Tensor:
@@ -66,17 +70,14 @@ def middle_windows(sides: Tensor) -> Tensor:
     return torch.cat([(sides - square) // 2, square], 1)
 
 
-def _drawn(
-    key: str, start: int, stop: int, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of positions start to stop: two numbers of 24 bits, (B,) int64 each, and a bit, (B,) bool.
+def _drawn(key: str, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of positions (B,): two numbers of 24 bits, (B,) int64 each, and a bit, (B,) bool.
 
     SplitMix64 (Steele et al., OOPSLA 2014) as a counter-based generator, in integer operations.
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    position = torch.arange(start, stop, dtype=torch.int64, device=device)
     # int64 products wrap around as uint64 ones do; the constants are the published ones less 2^64.
-    bits = position * -0x61C8864680B583EB + int.from_bytes(digest, "little", signed=True)
+    bits = positions * -0x61C8864680B583EB + int.from_bytes(digest, "little", signed=True)
     bits = (bits ^ _shift_right(bits, 30)) * -0x40A7B892E31B1A47
     bits = (bits ^ _shift_right(bits, 27)) * -0x6B2FB644ECCEEE15
     bits = bits ^ _shift_right(bits, 31)

@@ -67,6 +67,7 @@ class DaliFolderLoader(Pipelined):
     def _start(self, plan: EpochPlan[Any], first: int) -> None:
         self._indices = plan.indices[first:].cpu()  # the epoch's one host sync
         self._first, self._epoch = first, plan.epoch
+        self._positions = plan.positions("cpu")[first:]
         self._reading: dict[int, Iterator[Any]] = {}
 
     def _encoded(self, number: int) -> tuple[Any, ...]:
@@ -80,8 +81,8 @@ class DaliFolderLoader(Pipelined):
         contents, read, why = zip(*read_all, strict=True)
         numbers = self._numbers(span.start)
         files.note(numbers, list(zip(read, why, strict=True)))
-        start = self._first + span.start
-        windows, flips = files.windows(numbers, self.seed, self._epoch, start, self.augment)
+        positions = self._positions[span]
+        windows, flips = files.windows(numbers, self.seed, self._epoch, positions, self.augment)
         anchors, shapes = (each.int().contiguous().numpy() for each in windows.split(2, 1))
         return list(contents), anchors, shapes, flips.int().numpy()
 

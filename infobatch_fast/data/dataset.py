@@ -155,5 +155,8 @@ class _All:
     def __len__(self) -> int:
         return self.num_samples
 
+    def positions(self, device: torch.device | str) -> Tensor:
+        return torch.arange(self.num_samples, device=device)
+
     def batch(self, start: int, stop: int) -> _Tested:
         return _Tested(torch.ones(stop - start))

@@ -82,22 +82,24 @@ class Files(Source):
         return DaliFolderLoader
 
     def windows(
-        self, numbers: Tensor, seed: int, epoch: int, start: int, augment: bool
+        self, numbers: Tensor, seed: int, epoch: int, positions: Tensor, augment: bool
     ) -> tuple[Tensor, Tensor]:
         """Of a batch: (B, 4) int64, top, left, height and width in pixels; flips, (B,) bool."""
         rows = self.rows[numbers]
         sides = torch.from_numpy(self.tree.sides[rows.numpy()])
         if augment:
-            windows, flips = random_windows(seed, epoch, start, sides)
+            windows, flips = random_windows(seed, epoch, positions, sides)
         else:
             windows, flips = middle_windows(sides), torch.zeros(len(rows), dtype=torch.bool)
         for i in self._lost(rows):
             windows[i] = torch.tensor(GREY_WINDOW)
         return windows, flips
 
-    def picks(self, numbers: Tensor, seed: int, epoch: int, start: int, augment: bool) -> list[Any]:
+    def picks(
+        self, numbers: Tensor, seed: int, epoch: int, positions: Tensor, augment: bool
+    ) -> list[Any]:
         """Row, window, flip and side, each."""
-        windows, flips = self.windows(numbers, seed, epoch, start, augment)
+        windows, flips = self.windows(numbers, seed, epoch, positions, augment)
         side = self.side if augment else self.test_side
         columns = self.rows[numbers].tolist(), windows.tolist(), flips.tolist()
         return [(*pick, side) for pick in zip(*columns, strict=True)]
@@ -159,7 +161,7 @@ class Files(Source):
 
     def pictures(self, numbers: Tensor) -> Tensor:
         """The middle of each image."""
-        windows, _ = self.windows(numbers, 0, 0, 0, False)
+        windows, _ = self.windows(numbers, 0, 0, numbers, False)
         picks = zip(self.rows[numbers].tolist(), windows.tolist(), strict=True)
         pixels = [self.fetch((row, window, False, PICTURE))[0] for row, window in picks]
         return torch.from_numpy(np.stack(pixels))
@@ -205,6 +207,7 @@ def load_folder(
     test_side: int = 224,
     workers: int,
     cache: str = "auto",
+    processes: int = 1,
     max_bad_files: int = 0,
     say: Callable[[str], None],
 ) -> Dataset:
@@ -214,6 +217,7 @@ def load_folder(
         side: pixels of a training image, and test_side of a tested one.
         workers: threads of DALI's, or processes, that decode.
         cache: whether files' bytes are kept in memory: on, off, or auto, if all are small enough.
+        processes: of this machine, each of which keeps what it reads.
         max_bad_files: that may be left out since they are no images or cannot be decoded.
         say: told what takes long.
 
@@ -227,7 +231,7 @@ def load_folder(
     if strange := sorted(set(test.classes) - set(train.classes)):
         raise UserError(f"{test.folder} must hold classes of {train.folder}, got {strange[0]}")
     total = sum(int(tree.sizes.sum()) for tree in trees)
-    hold = cache == "on" or (cache == "auto" and total <= HELD * _memory())
+    hold = cache == "on" or (cache == "auto" and processes * total <= HELD * _memory())
     number = torch.tensor([train.classes.index(name) for name in test.classes])
     for tree in trees:
         images = Files(

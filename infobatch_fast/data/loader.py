@@ -36,6 +36,10 @@ class EpochPlan(Protocol[BatchT_co]):
 
     def __len__(self) -> int: ...
 
+    def positions(self, device: torch.device | str) -> Tensor:
+        """(K,) int64: the samples' places in the epoch of all ranks, which crops are drawn by."""
+        ...
+
     def batch(self, start: int, stop: int) -> BatchT_co:
         """What goes with the samples at positions start to stop; it is handed on as it is."""
         ...
@@ -165,7 +169,8 @@ class ResidentLoader(Loader):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`augmentation` from position first to K: twenty operations an epoch, not a batch."""
         if self.augment:
-            return augmentation(self.seed, plan.epoch, first, len(plan), self.pad, device)
+            positions = plan.positions(device)[first:]
+            return augmentation(self.seed, plan.epoch, positions, self.pad)
         zeros = torch.zeros(len(plan) - first, dtype=torch.int64, device=device)
         return zeros, zeros, zeros.bool()
 

@@ -29,12 +29,14 @@ class WorkerLoader(Loader):
 
     def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
         source, spans = self._images, list(self._spans(plan, first))
+        positions = plan.positions("cpu")
         numbers = plan.indices.cpu()  # the epoch's one host sync: files are read by the host
         workers = source.workers
         fetched = DataLoader(
             _Fetched(source),
             batch_sampler=(  # pyright: ignore
-                source.picks(numbers[a:b], self.seed, plan.epoch, a, self.augment) for a, b in spans
+                source.picks(numbers[a:b], self.seed, plan.epoch, positions[a:b], self.augment)
+                for a, b in spans
             ),
             num_workers=workers,
             collate_fn=_collate,
@@ -98,8 +100,10 @@ class Source:
         """The loader by DALI; ImportError where there is none."""
         raise ImportError("a data set of one's own is read by its own code")
 
-    def picks(self, numbers: Tensor, seed: int, epoch: int, start: int, augment: bool) -> list[Any]:
-        """What `fetch` must know of each of a batch, whose first is at position start."""
+    def picks(
+        self, numbers: Tensor, seed: int, epoch: int, positions: Tensor, augment: bool
+    ) -> list[Any]:
+        """What `fetch` must know of each of a batch, at positions (B,) of the epoch."""
         raise NotImplementedError
 
     def fetch(self, pick: Any) -> tuple[Any, Any]:
@@ -132,9 +136,11 @@ class Mapped(Source):
 
     dataset: Any
 
-    def picks(self, numbers: Tensor, seed: int, epoch: int, start: int, augment: bool) -> list[Any]:
+    def picks(
+        self, numbers: Tensor, seed: int, epoch: int, positions: Tensor, augment: bool
+    ) -> list[Any]:
         """Sample and seed, each."""
-        high, low, bit = augmentation(seed, epoch, start, start + len(numbers), 1 << 14, "cpu")
+        high, low, bit = augmentation(seed, epoch, positions, 1 << 14)
         seeds = high << 16 | low << 1 | bit
         return list(zip(self.rows[numbers].tolist(), seeds.tolist(), strict=True))
 

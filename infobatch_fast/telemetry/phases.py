@@ -15,10 +15,10 @@ from torch import Tensor
 ItemT = TypeVar("ItemT")
 
 OTHER = "other"
-# Of the trainer, in the order of an epoch: "step" is without the update within it, and "other" what
-# is in none of them.
-PHASES = ("choose", "wait", "step", "update", "startup", "evaluation", "checkpoint", OTHER)
-PRUNING = ("choose", "update")  # what pruning adds
+# Of the trainer, in the order of an epoch: "step" is without the update within it, "merge" brings
+# the scores of several processes together, and "other" is what is in none of them.
+PHASES = ("choose", "wait", "step", "update", "merge", "startup", "evaluation", "checkpoint", OTHER)
+PRUNING = ("choose", "update", "merge")  # what pruning adds
 
 
 class Phases:

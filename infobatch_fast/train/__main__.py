@@ -8,9 +8,12 @@ if __name__ == "__main__":
 
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from infobatch_fast.train import config, console, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupts, Say, command, complain
 from infobatch_fast.train.config import Config
+from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.ledger import Diverged
 from infobatch_fast.train.loop import available_cores, evaluate, find_device, train
 from infobatch_fast.train.models import make_model
@@ -39,84 +43,153 @@ OUT_OF_MEMORY = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    ranks, code = Ranks(), 1
+
+    def body(interrupts: Interrupts, say: Say) -> None:
+        with ranks:
+            run(words, interrupts, say, ranks)
+
     try:
-        return command(lambda interrupts, say: run(words, interrupts, say), OUT_OF_MEMORY)
+        code = command(body, OUT_OF_MEMORY, ranks.tells)
     except (Diverged, HostSync) as error:
-        return complain(f"error: {error}", 1)
+        if ranks.tells():
+            complain(f"error: {error}", 1)
+    except Exception:
+        if ranks.world == 1:
+            raise
+        if ranks.tells():
+            traceback.print_exc()
+    return ranks.end(code)
 
 
-def run(arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
+def run(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks) -> None:
     """Train, resume or evaluate, as the command line says."""
     evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
     if evaluated is not None and resumed is not None:
         raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UserError(f"WORLD_SIZE must be 1: one process trains alone, got {processes}")
     if evaluated is not None:
-        evaluate_file(Path(evaluated).expanduser(), arguments, say)
+        if ranks.first:
+            evaluate_file(Path(evaluated).expanduser(), arguments, say)
     elif resumed is not None:
-        resume(Path(resumed).expanduser(), arguments, interrupts, say)
+        resume(Path(resumed).expanduser(), arguments, interrupts, say, ranks)
     else:
-        start(arguments, interrupts, say)
+        start(arguments, interrupts, say, ranks)
 
 
-def start(arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
-    """Train a run of its own."""
+def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks) -> None:
+    """Train a run of its own; where torchrun has restarted the processes, go on with it."""
     settings = config.parse(arguments, cuda=torch.cuda.is_available())
     say(console.preset_line(settings, config.peek(arguments, "preset") is not None))
     asked, settings = settings, config.spent(settings)
     if asked.budget is not None:
         say(console.budget_line(asked, settings))
-    device = find_device(settings.device)
-    data = load_data(settings, device, say, stand_in=True)
-    settings = config.settle(settings, data.name, device.type)
-    _check(settings, data)
+    if settings.out is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UserError("out must be given where torchrun has --max-restarts, got none")
+    data, device = _prepared(settings, say, ranks, stand_in=True)
+    settings = config.settle(settings, data.name, device.type, ranks.world)
+    _check(settings, data, ranks)
     folder = settings.out.expanduser() if settings.out else Path("runs") / _name(settings)
-    made = records.make_folder(folder)
-    with record.locked(folder):
-        record.check_empty(folder)
+    folder, begun = ranks.from_first(lambda: (folder, (folder / records.CONFIG).exists()))
+    if ranks.restarts and begun:
+        _go_on(settings, lambda: data, folder, interrupts, say, ranks)
+        return
+    made = ranks.first and records.make_folder(folder)
+    with _held(folder, ranks):
         try:
-            about = records.RunRecord(
-                config=settings.recorded(),
-                data=data.source,
-                data_hash=None if data.source == "synthetic" else data.fingerprint(),
-                samples={"train": data.labels.numel(), "test": data.test_labels.numel()},
-                classes=None if data.classes is None else list(data.classes),
-                **record.provenance(device),
-            )
-            records.write_json(folder / records.CONFIG, about)
-            summary = train(settings, data, folder, None, interrupts, say)
+            if ranks.first:
+                record.check_empty(folder)
+                _begin(settings, data, device, folder, ranks.world)
+            summary = train(settings, data, folder, None, interrupts, say, ranks)
         except (UserError, MemoryError, RuntimeError):
-            record.discard(folder, made)  # the mended command may name the same folder
+            if ranks.first:
+                record.discard(folder, made)  # the mended command may name the same folder
             raise
     for line in console.summary_lines(summary, folder):
         say(line)
 
 
-def resume(folder: Path, arguments: Sequence[str], interrupts: Interrupts, say: Say) -> None:
+def _begin(
+    settings: Config, data: Dataset, device: torch.device, folder: Path, processes: int
+) -> None:
+    about = records.RunRecord(
+        config=settings.recorded(),
+        data=data.source,
+        data_hash=None if data.source == "synthetic" else data.fingerprint(),
+        samples={"train": data.labels.numel(), "test": data.test_labels.numel()},
+        classes=None if data.classes is None else list(data.classes),
+        **record.provenance(device, processes),
+    )
+    records.write_json(folder / records.CONFIG, about)
+
+
+def resume(
+    folder: Path, arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks
+) -> None:
     """Continue a run from its checkpoint, or start it over if it has none."""
-    if not (folder / records.CONFIG).exists():
+    if ranks.first and not (folder / records.CONFIG).exists():
         raise UserError(f"resume must be a run's folder, with config.json in it, got {folder}")
-    with record.locked(folder):
-        settings = config.of_run(arguments, _recorded(folder), "resume")
-        if (folder / records.SUMMARY).exists():
+    recorded = ranks.from_first(lambda: _recorded(folder))
+    settings = config.of_run(arguments, recorded, "resume")
+
+    def data() -> Dataset:
+        data, _ = _prepared(settings, say, ranks)
+        _check(settings, data, ranks)
+        return data
+
+    _go_on(settings, data, folder, interrupts, say, ranks)
+
+
+def _go_on(
+    settings: Config,
+    load: Callable[[], Dataset],
+    folder: Path,
+    interrupts: Interrupts,
+    say: Say,
+    ranks: Ranks,
+) -> None:
+    with _held(folder, ranks):
+        if ranks.from_first((folder / records.SUMMARY).exists):
             say(f"resume     nothing to do: {folder} is complete")
-            summary = records.read(records.Summary, folder / records.SUMMARY)
+            summary = ranks.from_first(
+                lambda: records.read(records.Summary, folder / records.SUMMARY)
+            )
         else:
-            saved = None
-            if (folder / records.CHECKPOINT).exists():
-                saved = record.load(folder / records.CHECKPOINT)
-            else:
-                say("resume     from the start, as no checkpoint was written yet")
-                records.write_epochs(folder / records.EPOCHS, [])
-            data = load_data(settings, find_device(settings.device), say)
-            _check(settings, data)
-            known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
-            if known is not None and data.fingerprint() != known:
-                raise UserError(f"data_dir must hold the data of the run {folder}, got others")
-            summary = train(settings, data, folder, saved, interrupts, say)
+            saved = ranks.from_first(lambda: _saved(folder, say))
+            data = load()
+            if ranks.first:
+                known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
+                if known is not None and data.fingerprint() != known:
+                    raise UserError(f"data_dir must hold the data of the run {folder}, got others")
+            summary = train(settings, data, folder, saved, interrupts, say, ranks)
     for line in console.summary_lines(summary, folder):
         say(line)
+
+
+def _saved(folder: Path, say: Say) -> dict[str, Any] | None:
+    if (folder / records.CHECKPOINT).exists():
+        return record.load(folder / records.CHECKPOINT)
+    say("resume     from the start, as no checkpoint was written yet")
+    records.write_epochs(folder / records.EPOCHS, [])
+    return None
+
+
+def _held(folder: Path, ranks: Ranks) -> AbstractContextManager[None]:
+    return record.locked(folder) if ranks.first else nullcontext()
+
+
+def _prepared(
+    settings: Config, say: Say, ranks: Ranks, stand_in: bool = False
+) -> tuple[Dataset, torch.device]:
+    device = ranks.form(find_device(settings.device))
+    with ranks.first_here():
+        data = load_data(settings, device, say, stand_in=stand_in, processes=ranks.local_world)
+    if ranks.world > 1:
+        first, *others = ranks.of_all(data.fingerprint())
+        if unlike := [str(rank) for rank, other in enumerate(others, 1) if other != first]:
+            raise UserError(
+                f"data_dir must hold the same data on all ranks, got others on {', '.join(unlike)}"
+            )
+    return data, device
 
 
 def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
@@ -151,16 +224,22 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
 
 
 def load_data(
-    settings: Config, device: torch.device, say: Say, *, stand_in: bool = False
+    settings: Config,
+    device: torch.device,
+    say: Say,
+    *,
+    stand_in: bool = False,
+    processes: int = 1,
 ) -> Dataset:
     """The data set, on the device.
 
     Args:
         stand_in: whether `quick`, if no data set was named, may take a synthetic one, loudly.
+        processes: that share this machine's cores and memory.
     """
     name = settings.dataset or "cifar10"
     if ":" in name or name == "folder":
-        return _as_asked(_of_files(name, settings, say), settings).to(device)
+        return _as_asked(_of_files(name, settings, say, processes), settings).to(device)
     if name != "synthetic":
         try:
             data = load_cifar(name, settings.data_dir or default_data_dir())
@@ -181,10 +260,11 @@ def load_data(
     return _as_asked(data, settings)
 
 
-def _of_files(name: str, settings: Config, say: Say) -> Dataset:
+def _of_files(name: str, settings: Config, say: Say, processes: int) -> Dataset:
     if settings.data_dir is None:
         raise UserError(f"data_dir must be given with --dataset {name}, got none")
-    folder, workers = settings.data_dir.expanduser(), settings.workers or available_cores()
+    folder, workers = settings.data_dir.expanduser(), settings.workers
+    workers = workers or max(1, available_cores() // processes)
     if name != "folder":
         return own_dataset(name, folder, workers)
     return load_folder(
@@ -193,6 +273,7 @@ def _of_files(name: str, settings: Config, say: Say) -> Dataset:
         test_side=settings.test_size,
         workers=workers,
         cache=settings.cache,
+        processes=processes,
         max_bad_files=settings.max_bad_files,
         say=say,
     )
@@ -212,10 +293,17 @@ def _recorded(folder: Path) -> Config:
     return config.from_record(records.read(records.RunRecord, folder / records.CONFIG).config)
 
 
-def _check(settings: Config, data: Dataset) -> None:
+def _check(settings: Config, data: Dataset, ranks: Ranks) -> None:
     samples = f"the {data.labels.numel()} samples of data_fraction {settings.data_fraction:g}"
     if settings.batch_size > data.labels.numel():
         raise UserError(f"batch_size must be at most {samples}, got {settings.batch_size}")
+    if settings.batch_size % ranks.world:
+        raise UserError(
+            f"batch_size must be a multiple of the {ranks.world} processes, "
+            f"got {settings.batch_size}"
+        )
+    if ranks.world > 1 and not settings.whole_batches:
+        raise UserError("whole_batches must be on where several processes train, got off")
     if settings.compile and settings.host_syncs != "off" and data.images.device.type == "cpu":
         # What watches the reads would silently keep torch.compile from compiling.
         raise UserError(

@@ -64,12 +64,17 @@ class Interrupts:
             raise Interrupted(number, "stopped at once; nothing more was written")
 
 
-def command(body: Callable[[Interrupts, Say], None], out_of_memory: str) -> int:
+def command(
+    body: Callable[[Interrupts, Say], None],
+    out_of_memory: str,
+    tells: Callable[[], bool] = lambda: True,
+) -> int:
     """Run a command's body and return the exit code; whatever ends it is told in one line.
 
     Args:
         body: gets the signals, and what shows a line to the user.
         out_of_memory: what to lower where memory ran out.
+        tells: whether this process is the one to complain.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -81,18 +86,20 @@ def command(body: Callable[[Interrupts, Say], None], out_of_memory: str) -> int:
         with Interrupts() as interrupts:
             body(interrupts, _say)
     except UserError as error:
-        return complain(f"error: {error}", 2)
+        message, code = f"error: {error}", 2
     except Interrupted as stop:
-        return complain(str(stop), stop.code)
+        message, code = str(stop), stop.code
     except Unheard as error:
         if isinstance(error.__cause__, BrokenPipeError):  # of `| head`: not worth a word
             return 128 + signal.SIGPIPE
-        return complain(f"error: cannot write the output: {error}", 2)
+        message, code = f"error: cannot write the output: {error}", 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return complain(f"error: out of memory: {out_of_memory}", 2)
-    return 0
+        message, code = f"error: out of memory: {out_of_memory}", 2
+    else:
+        return 0
+    return complain(message, code) if tells() else code
 
 
 def _say(line: str) -> None:

@@ -52,14 +52,16 @@ class Config:
         epochs: passes over the (pruned) data.
         budget: share in (0, 1) of the samples of --epochs full epochs to train on: the epochs, and
             what they leave out by the recommended policy, follow from it.
-        batch_size: samples a step.
+        batch_size: samples a step, of all processes together.
         optimizer: lars and lamb adapt the learning rate of each layer.
         max_lr: peak of the one-cycle learning rate.
         weight_decay: L2 coefficient.
         label_smoothing: in [0, 1).
         amp: autocast; fp16 with loss scaling.
         whole_batches: in pruned epochs keep the count nearest to the exact one that leaves no
-            partial batch; a GPU tunes and compiles its kernels anew for each size of one.
+            partial batch; a GPU tunes and compiles its kernels anew for each size of one. Several
+            processes imply it.
+        sync_batch_norm: on GPUs, batch norm over the batches of all processes.
         compile: torch.compile the network; implies --whole-batches. Default of paper on CUDA.
         graph: replay each full step as one CUDA graph; implies --whole-batches. Default of paper on
             CUDA. An optimizer that it cannot hold, sgd or adam, trains without, and says so.
@@ -109,6 +111,7 @@ class Config:
     label_smoothing: float = 0.1
     amp: Literal["bf16", "fp16", "off"] = "bf16"
     whole_batches: bool = True
+    sync_batch_norm: bool = False
     compile: bool = False
     graph: bool = False
     dataset: Annotated[str | None, _DATASET] = None
@@ -255,11 +258,13 @@ def peek(arguments: Sequence[str], name: str) -> str | None:
     return parser.parse_known_args(list(arguments))[0].value
 
 
-def settle(config: Config, dataset: str, device: str) -> Config:
+def settle(config: Config, dataset: str, device: str, processes: int) -> Config:
     """The settings with the data set and the device that were found, as they are recorded."""
     if config.graph and device != "cuda":
         raise UserError("graph must be off on a CPU, got --graph")
-    whole = config.whole_batches or config.compile or config.graph
+    if config.sync_batch_norm and device != "cuda":
+        raise UserError("sync_batch_norm must be off on a CPU, got --sync-batch-norm")
+    whole = config.whole_batches or config.compile or config.graph or processes > 1
     loader = "torch" if ":" in dataset and config.loader == "auto" else config.loader
     return replace(config, dataset=dataset, device=device, whole_batches=whole, loader=loader)
 

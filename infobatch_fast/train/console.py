@@ -49,6 +49,8 @@ def header(
     where = f"torch threads: {device.get('threads')}"
     if device["type"] == "cuda":
         where = f"{device['memory_bytes'] / 2**30:.0f} GiB, CUDA {device['cuda']}"
+    if device.get("processes"):
+        where += f", {device['processes']} processes, each with its own"
     kind = data.name if data.name == data.source else f"{data.name} ({data.source})"
     precision = {"off": "float32"}.get(settings.amp, f"{settings.amp} autocast")
     target = settings.pruning.target_saving is not None

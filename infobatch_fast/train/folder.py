@@ -60,8 +60,8 @@ def discard(folder: Path, made: bool) -> None:
             folder.rmdir()
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, commit, source hash and device of a run; no paths."""
+def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Versions, commit, source hash and devices of a run; no paths."""
     packages = ("torch", "torchvision", "nvidia-dali-cuda130", "numpy", "triton")
     return {
         "version": infobatch_fast.__version__,
@@ -69,14 +69,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "source_hash": source_hash(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
-        "device": describe(device),
+        "device": describe(device, processes),
     }
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """What the run's device is, for the record and the header."""
+def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What the run's device is, or each process's, for the record and the header."""
+    of = {"processes": processes} if processes > 1 else {}
     if device.type != "cuda":
-        return {"type": device.type, "name": _processor(), "threads": torch.get_num_threads()}
+        threads = torch.get_num_threads()
+        return {"type": device.type, "name": _processor(), "threads": threads, **of}
     properties = torch.cuda.get_device_properties(device)
     return {
         "type": "cuda",
@@ -86,6 +88,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         **nvml.card(device),
+        **of,
     }
 
 

@@ -12,7 +12,7 @@ from infobatch_fast.errors import reason
 from infobatch_fast.plan import Batch
 from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.train.schedule import set_schedule
-from infobatch_fast.train.step import WARM_UP, TrainStep
+from infobatch_fast.train.step import TrainStep
 
 MOST = 2  # graphs: of the full batch, and of the one partial batch of full epochs
 QUIET = 0.05  # s for a loader's threads to come to rest
@@ -65,7 +65,7 @@ class GraphStep:
         if graph is None:
             self.step(images, labels, batch, lr, momentum)
             room = len(self._static) < MOST and shape not in self._static
-            if room and self.step.seen[shape] >= WARM_UP:
+            if room and self.step.seen[shape] >= self.step.warm_up:
                 inputs = (images, labels, *batch)
                 self._static[shape] = tuple(torch.empty_like(tensor) for tensor in inputs)
             return
@@ -73,7 +73,7 @@ class GraphStep:
         for target, source in zip(self._static[shape], inputs, strict=False):
             target.copy_(source)
         if infobatch is not None:
-            infobatch.recorded += len(labels)  # what `record` counts, the host's part of it
+            infobatch.count(len(labels))
         set_schedule(self.step.optimizer, lr, momentum)
         graph.replay()
 
@@ -106,7 +106,7 @@ class GraphStep:
             self._stream = self._stream or torch.cuda.Stream(self._device)
             how = {"stream": self._stream, "capture_error_mode": "thread_local"}
             collecting, infobatch = gc.isenabled(), self.step.infobatch
-            recorded = 0 if infobatch is None else infobatch.recorded
+            counted = infobatch and (infobatch.recorded, infobatch._unmerged)
             gc.collect()
             gc.disable()
             try:
@@ -116,8 +116,8 @@ class GraphStep:
                     self.step.advance(images, labels, Batch(indices, weights), self._untimed)
             finally:
                 torch.cuda.set_stream(before)  # torch leaves its own where a capture fails
-                if infobatch is not None:
-                    infobatch.recorded = recorded  # `record` counted a batch, but none was trained
+                if infobatch and counted:  # `record` counted a batch, but none was trained
+                    infobatch.recorded, infobatch._unmerged = counted
                 if collecting:
                     gc.enable()
         return graph

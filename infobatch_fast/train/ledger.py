@@ -47,7 +47,7 @@ class Ledger:
     def __init__(self, settings: Config, step: TrainStep, path: Path, meter: Nvml) -> None:
         assert step.infobatch is not None
         self.settings, self.step, self.path, self.meter = settings, step, path, meter
-        self.infobatch = step.infobatch
+        self.infobatch, self.ranks = step.infobatch, step.ranks
         self.device = self.infobatch.scores.device
         self.samples = SampleRecord(self.infobatch.num_samples, self.device)
         self.epoch = 0  # epochs finished
@@ -66,7 +66,7 @@ class Ledger:
 
     def begin(self) -> None:
         """Count time and energy from now on."""
-        self._then = time.perf_counter(), self.meter.joules()
+        self._then = time.perf_counter(), self._joules()
         self.step.phases.read()
 
     @contextmanager
@@ -84,13 +84,17 @@ class Ledger:
         """Count the block as start-up that so many images went through, host syncs uncounted."""
         with watch.allowed(), self.spending("startup"):
             yield
-        self.spent["startup_images"] += images
+        self.spent["startup_images"] += images * self.ranks.world
+
+    def _joules(self) -> float | None:
+        """Those of one card among several would be taken for all."""
+        return self.meter.joules() if self.ranks.world == 1 else None
 
     def _lap(self, account: str | None) -> None:
         """Count what passed since the last lap where it belongs; what follows is `account`'s."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # a few times an epoch: what is queued is this account's
-        then, self._then = self._then, (time.perf_counter(), self.meter.joules())
+        then, self._then = self._then, (time.perf_counter(), self._joules())
         seconds, joules = self._then[0] - then[0], _sum([self._then[1], then[1] and -then[1]])
         phases = self.step.phases.read()
         passed: dict[str, float | None] = {"seconds": seconds, "joules": joules}
@@ -131,7 +135,8 @@ class Ledger:
         )
         self._clear()
         self.history.append(line)
-        records.append_epoch(self.path / records.EPOCHS, line)
+        if self.ranks.first:
+            records.append_epoch(self.path / records.EPOCHS, line)
         return line
 
     def check(self, counts: Counts, steps: int | None = None) -> None:
@@ -156,10 +161,12 @@ class Ledger:
     def save(self, plan: Plan | None = None, number: int = 0) -> None:
         """Save a checkpoint: of a finished epoch, or of an epoch's plan after `number` steps.
 
-        It raises Diverged instead of saving a state that goes nowhere.
+        It raises Diverged instead of saving a state that goes nowhere. Collective.
         """
         with self.spending("checkpoint"), self.step.phases("checkpoint"):
             self.check(self.step.read_counts())
+            with self.step.phases("merge"):
+                self.infobatch.merge()
             state = {
                 "version": folder.CHECKPOINT_VERSION,
                 "config": self.settings.recorded(),
@@ -174,7 +181,8 @@ class Ledger:
                 "random": torch.get_rng_state(),
                 "kernels": self.step.by_kernels,
             }
-            folder.save(self.path / records.CHECKPOINT, state)
+            if self.ranks.first:
+                folder.save(self.path / records.CHECKPOINT, state)
         self._saved_at = time.monotonic()
 
     def restore(self, saved: dict[str, Any]) -> tuple[Plan | None, int]:
@@ -187,7 +195,8 @@ class Ledger:
                         f"checkpoint {path} must be of this run's configuration, got another {name}"
                     )
             self.step.load_state_dict(saved["step"])
-            torch.set_rng_state(saved["random"])
+            if self.ranks.first:  # the others' draws are their own
+                torch.set_rng_state(saved["random"])
             self.epoch, self.since_epoch = saved["epoch"], saved["epoch"] + 1
             self.history = [
                 records.parse(EpochLine, line, f"checkpoint {path}") for line in saved["history"]
@@ -204,18 +213,20 @@ class Ledger:
             raise UserError(
                 f"checkpoint {path} does not fit this run: {type(error).__name__}: {reason(error)}"
             ) from None
-        # A kill may have left epochs that the checkpoint does not have.
-        records.write_epochs(self.path / records.EPOCHS, self.history)
+        if self.ranks.first:  # a kill may have left epochs that the checkpoint does not have
+            records.write_epochs(self.path / records.EPOCHS, self.history)
         return plan, saved["number"]
 
     def finish(self, data: Dataset, **forms: Any) -> Summary:
         """Write what a finished run leaves: arrays of the samples, weights and summary."""
-        self.samples.write(self.path, data, self.infobatch.scores)
-        state = self.step.model.state_dict()
-        weights = {name: value.cpu().contiguous() for name, value in state.items()}
-        folder.save(self.path / records.WEIGHTS, weights)
+        if self.ranks.first:
+            self.samples.write(self.path, data, self.infobatch.scores)
+            state = self.step.model.state_dict()
+            weights = {name: value.cpu().contiguous() for name, value in state.items()}
+            folder.save(self.path / records.WEIGHTS, weights)
         summary = self._summary(data, forms)
-        records.write_json(self.path / records.SUMMARY, summary)
+        if self.ranks.first:
+            records.write_json(self.path / records.SUMMARY, summary)
         return summary
 
     def _summary(self, data: Dataset, forms: dict[str, Any]) -> Summary:
@@ -244,7 +255,9 @@ class Ledger:
             target_saving=self.settings.pruning.target_saving,
             **spent,
             epoch_seconds=statistics.median(settled) if settled else None,
-            phases=None if None in phases else {n: sum(p[n] for p in phases if p) for n in PHASES},
+            phases=None
+            if None in phases
+            else {n: sum(p.get(n, 0.0) for p in phases if p) for n in PHASES},
             images_per_second=_speed(trained, spent),
             skipped_steps=sum(line.skipped_steps for line in history),
             # Else it is, in whole or in part, in the time of the step.

@@ -9,9 +9,9 @@ from infobatch_fast.train.config import Config
 from infobatch_fast.train.records import EpochLine
 
 
-def make_log(settings: Config, folder: Path) -> Callable[[EpochLine], None]:
-    """What takes each epoch's line: nothing, or a TensorBoard log in the run's folder."""
-    if settings.log == "off":
+def make_log(settings: Config, folder: Path | None) -> Callable[[EpochLine], None]:
+    """What takes each epoch's line: nothing, or a TensorBoard log in the run's folder, if any."""
+    if settings.log == "off" or folder is None:
         return lambda line: None
     try:
         from torch.utils.tensorboard import SummaryWriter

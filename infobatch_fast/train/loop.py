@@ -1,6 +1,5 @@
 """The training loop: draw an epoch, train on it, evaluate, record, save."""
 
-import math
 import os
 import sys
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from infobatch_fast.train import console, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Interrupts, Say
 from infobatch_fast.train.config import Config
+from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.graph import GraphStep, obstacle
 from infobatch_fast.train.ledger import Ledger
 from infobatch_fast.train.logs import make_log
@@ -41,6 +41,7 @@ def train(
     saved: dict[str, Any] | None,
     interrupts: Interrupts,
     say: Say,
+    ranks: Ranks,
 ) -> Summary:
     """Train from `saved` on, keeping the run's folder up to date, and return the summary.
 
@@ -50,9 +51,12 @@ def train(
         UserError: the checkpoint does not fit, or the disk is full.
     """
     device, samples, epochs = data.images.device, data.labels.numel(), settings.epochs
-    torch.manual_seed(settings.seed)  # nothing here draws from it; a model with dropout would
+    # Nothing here draws from it; a model with dropout would, on each rank its own.
+    torch.manual_seed((settings.seed + (ranks.rank << 32)) % 2**63)
     torch.backends.cudnn.benchmark = True
     model = make_model(settings.model, data.num_classes, data.side, seed=settings.seed)
+    if settings.sync_batch_norm and ranks.world > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.group)
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     infobatch = InfoBatch(
         samples,
@@ -60,6 +64,7 @@ def train(
         seed=settings.seed,
         device=device,
         labels=data.labels,
+        group=ranks.group,
         **settings.pruning.settings(),
     )
     phases = Phases(device, enabled=settings.telemetry)
@@ -74,18 +79,20 @@ def train(
         compile=settings.compile,
         phases=phases,
         say=say,
+        ranks=ranks,
     )
+    batch_size = settings.batch_size // ranks.world
     loader, note = make_loader(
         settings.loader,
         data.images,
         data.labels,
-        settings.batch_size,
+        batch_size,
         mean=data.mean,
         std=data.std,
         seed=settings.seed,
     )
     fed, parameters = type(loader).__name__, sum(p.numel() for p in model.parameters())
-    about = record.describe(device), parameters, infobatch, fed
+    about = record.describe(device, ranks.world), parameters, infobatch, fed
     for line in console.header(settings, data, *about):
         say(line)
     advance: TrainStep | GraphStep = step
@@ -98,26 +105,31 @@ def train(
         say(note)
 
     ledger = Ledger(settings, step, folder, Nvml(device, enabled=settings.telemetry))
-    tests, log = data.tests(settings.loader), make_log(settings, folder)
+    tests = ranks.tests(data, settings.loader)
+    log = make_log(settings, folder if ranks.first else None)
     plan, start, warned = None, 0, False
     if saved is not None:
         plan, start = ledger.restore(saved)
         if saved.get("kernels") != step.by_kernels:
             say("WARNING: Triton kernels draw other epochs than torch: the rest will differ")
         say(f"resume     from step {start} of epoch {ledger.epoch + 1}")
-    whole = settings.batch_size if settings.whole_batches else None
+    whole = batch_size if settings.whole_batches else None
     # Batch sizes that come again and again. The first steps of each, and captures, are start-up.
-    lasting = settings.batch_size, samples % settings.batch_size
+    lasting = batch_size, infobatch.share(batch_size).own(samples) % batch_size
 
-    def stop_if_asked() -> None:
-        if interrupts.received:
-            raise Interrupted(interrupts.received, f"stopped; continue with --resume {folder}")
+    def stop(signal: int) -> None:
+        ranks.leave()
+        raise Interrupted(signal, f"stopped; continue with --resume {folder}")
 
     told = 0
 
     def tell_bad() -> None:
         nonlocal told
-        if data.bad is not None and len(data.bad.why) > told:
+        if data.bad is None:
+            return
+        for found in ranks.of_all(data.bad.why):
+            data.bad.add(found)
+        if ranks.first and len(data.bad.why) > told:
             told = len(data.bad.why)
             say(f"WARNING: left out are files, {data.bad}")
             records.write_json(folder / records.BAD, data.bad)
@@ -135,34 +147,39 @@ def train(
                         advance.capture()
                 # Of an epoch that is resumed midway the first part is not known.
                 syncs = None if settings.host_syncs == "off" or plan is not None else 0
-                if plan is None:
-                    step.begin_epoch()
-                    with phases("choose"), _watch(settings, device, "count") as watch:
+                with phases("choose"), _watch(settings, device, "count") as watch:
+                    if plan is None:
+                        step.begin_epoch()
                         plan = _draw(infobatch, epoch, whole)
-                    syncs = None if syncs is None else watch.count
+                    position = min(start * settings.batch_size, len(plan))
+                    part = loader.epoch(ranks.part(infobatch, plan, position, batch_size))
+                syncs = None if syncs is None else watch.count
                 if (warning := console.strained(plan, infobatch)) and not warned:
                     say(warning)
                     warned = True
-                steps = math.ceil(len(plan) / settings.batch_size)
+                steps = start + len(part)
                 bar.reset(total=steps)
                 bar.update(start)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
                 with _watch(settings, device, settings.host_syncs) as watch:
-                    batches = phases.each("wait", loader.epoch(plan, start))
+                    batches = phases.each("wait", part)
                     for number, (images, labels, batch) in enumerate(batches, start + 1):
                         new = labels.numel() in lasting and step.is_new(images.shape)
                         cost = ledger.starting(labels.numel(), watch) if new else nullcontext()
                         with cost, phases("step"):
                             rate = _schedule(settings, epoch, number, steps)
                             advance(images, labels, batch, *rate)
-                        every = settings.checkpoint_every
-                        if (every and number % every == 0) or interrupts.received:
+                        signal, every = ranks.stopping(interrupts), settings.checkpoint_every
+                        if (every and number % every == 0) or signal:
                             with watch.allowed():
                                 ledger.save(plan, number)
-                            stop_if_asked()
+                            if signal:
+                                stop(signal)
                         bar.update()
                 syncs = None if syncs is None else syncs + watch.count
+                with phases("merge"):
+                    infobatch.merge()
                 counts = step.read_counts()  # the host waits for the epoch's steps
             ledger.check(counts, steps)
 
@@ -170,10 +187,12 @@ def train(
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
                 with ledger.spending("evaluation"), phases("evaluation"):
-                    accuracy = evaluate(model, tests(), settings.amp, interrupts)
-            if interrupts.received:
+                    step.spread_buffers()
+                    accuracy = evaluate(model, tests(), settings.amp, interrupts, ranks)
+            (signal,) = ranks.most(interrupts.received or 0)
+            if signal:
                 ledger.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
-                stop_if_asked()
+                stop(signal)
             line = ledger.close_epoch(
                 plan,
                 counts,
@@ -186,10 +205,11 @@ def train(
             log(line)
             tell_bad()
             plan, start = None, 0
-            if ledger.due() or epoch + 1 == epochs or interrupts.received:
+            signal, due = ranks.most(interrupts.received or 0, ledger.due())
+            if due or epoch + 1 == epochs or signal:
                 ledger.save()
-                if epoch + 1 < epochs:
-                    stop_if_asked()
+                if signal and epoch + 1 < epochs:
+                    stop(signal)
     interrupts.deferred = False
     captured = isinstance(advance, GraphStep) and advance.captured
     return ledger.finish(data, compiled=step.compiled, captured=captured, loader=fed)
@@ -225,21 +245,28 @@ def evaluate(
     tests: Iterable[tuple[Tensor, Tensor]],
     amp: str,
     interrupts: Interrupts | None = None,
+    ranks: Ranks | None = None,
 ) -> float | None:
-    """The share of the test images that the model gets right; None if a signal came first.
+    """The share of all ranks' test images that the model gets right; None if a signal came first.
 
     The model is not compiled: in evaluation mode, in which it is left, it would be compiled once
     more, which takes longer than a training's evaluations gain by it.
     """
-    right, number = torch.zeros((), dtype=torch.int64), 0
+    right, number, stopped = torch.zeros((), dtype=torch.int64), 0, False
     model.eval()
     for images, labels in tests:
         with torch.autocast(images.device.type, AUTOCAST.get(amp), enabled=amp != "off"):
             right = right.to(labels.device) + (model(images).argmax(1) == labels).sum()
         number += len(labels)
-        if interrupts is not None and interrupts.received:
-            return None
-    return right.item() / number  # waits for the evaluation
+        stopped = interrupts is not None and bool(interrupts.received)
+        if stopped:
+            break
+    all_right, all_number, any_stopped = (ranks or Ranks()).total(
+        right.item(),  # waits for the evaluation
+        number,
+        stopped,
+    )
+    return None if any_stopped else all_right / all_number
 
 
 def find_device(name: str) -> torch.device:

@@ -19,6 +19,7 @@ from infobatch_fast.infobatch import Batch, InfoBatch
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.optim import LARS
 from infobatch_fast.train.schedule import set_schedule
 
@@ -26,6 +27,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE = 2.0**16
 INDUCTOR = {"combo_kernels": True}  # on a GPU: r50's captured step 2.7% faster on an H200
 WARM_UP = 3  # steps of a shape on a GPU that may compile, tune and allocate
+DDP_WARM_UP = 11  # with DDP, which until then times itself, and may not be captured
 
 
 class Counts(NamedTuple):
@@ -50,6 +52,7 @@ class TrainStep:
             options.
         say: told if the model cannot be compiled, which then runs as it is; None raises instead.
         loss_kernel: take the cross-entropy's kernel where there is one; a benchmark compares.
+        ranks: that train together, each on batches of its own; None is this process alone.
 
     Attributes:
         by_kernels: whether the device has our Triton kernels.
@@ -69,17 +72,19 @@ class TrainStep:
         phases: Phases,
         say: Callable[[str], None] | None = None,
         loss_kernel: bool = True,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._say = say
+        self._say, self.ranks = say, ranks or Ranks()
         self.model, self.optimizer, self.infobatch = model, optimizer, infobatch
         self.label_smoothing, self.phases = label_smoothing, phases
-        self.forward: Any = model
+        self.forward: Any = self.ranks.parallel(model)
+        self._plain = self.forward
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         device = self.parameters[0].device
         if compile:
             options = INDUCTOR if device.type == "cuda" else {}
             options = options | (compile if isinstance(compile, dict) else {})
-            self.forward = torch.compile(model, dynamic=False, options=options or None)
+            self.forward = torch.compile(self._plain, dynamic=False, options=options or None)
         self.autocast = torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off")
         self.buffers = _Guard(model.buffers())
         # Proven here, not in the first step, which may be timed or forbid host syncs.
@@ -97,14 +102,19 @@ class TrainStep:
     @property
     def compiled(self) -> bool:
         """Whether the network runs as torch.compile made it."""
-        return self.forward is not self.model
+        return self.forward is not self._plain
+
+    @property
+    def warm_up(self) -> int:
+        """Eager steps of a shape on a GPU, after which it may be captured."""
+        return WARM_UP if self.ranks.world == 1 else DDP_WARM_UP
 
     def is_new(self, shape: torch.Size) -> bool:
         """Whether the next step on images of this shape is start-up, which compiles and tunes.
 
-        On a GPU the first `WARM_UP` of a shape are, on a CPU the first if the network is compiled.
+        On a GPU the first `warm_up` of a shape are, on a CPU the first if the network is compiled.
         """
-        warm_up = WARM_UP if self.found_inf.is_cuda else int(self.compiled)
+        warm_up = self.warm_up if self.found_inf.is_cuda else int(self.compiled)
         return self.seen[shape] < warm_up
 
     def __call__(
@@ -160,7 +170,7 @@ class TrainStep:
                 raise
             self._say(f"WARNING: the network is not compiled: {reason(error)}")
         # Not within the except: what the failed pass stored for its backward is free by now.
-        self.forward = self.model
+        self.forward = self._plain
         self.optimizer.zero_grad(set_to_none=True)
         self.buffers.restore()
         return self._forward_backward(images, labels, batch, phases)
@@ -215,19 +225,21 @@ class TrainStep:
         self.counts[:3].zero_()
 
     def read_counts(self) -> Counts:
-        """What was counted since `begin_epoch`; the host waits for the epoch's steps."""
+        """What all ranks counted since `begin_epoch`; the host waits for the epoch's steps."""
         total, weight, skipped, _, longest = self.counts.tolist()
+        total, weight = self.ranks.total(total, weight)
         return Counts(total / weight if weight else math.nan, int(skipped), int(longest))
 
     def state_dict(self) -> dict[str, Any]:
-        """Model, optimizer, scores, loss scale and counters, for a checkpoint."""
+        """Model, optimizer, scores, loss scale and counters, for a checkpoint; of all ranks."""
+        total, weight, *rest = self.counts.tolist()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "infobatch": self.infobatch.state_dict() if self.infobatch is not None else None,
             "scale": self.scale,
             "growth": self.growth,
-            "counts": self.counts,
+            "counts": self.counts.new_tensor([*self.ranks.total(total, weight), *rest]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -238,6 +250,13 @@ class TrainStep:
             self.infobatch.load_state_dict(state["infobatch"])
         for name in ("scale", "growth", "counts"):
             getattr(self, name).copy_(state[name])
+        if not self.ranks.first:
+            self.counts[:2].zero_()
+        self.buffers.keep()
+
+    def spread_buffers(self) -> None:
+        """Give all ranks the first one's buffers, to evaluate the same model."""
+        self.ranks.spread(self.model.buffers())
         self.buffers.keep()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare, ks_2samp
+from torch import arange
 from torchvision.transforms import RandomResizedCrop
 
 from infobatch_fast.data.augment import augmentation, random_windows
@@ -28,21 +29,21 @@ def reference_augmentation(seed, epoch, position, pad):
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63, 12345678901234567890123])
 @pytest.mark.parametrize(("epoch", "start", "pad"), [(0, 0, 4), (199, 49_990, 4), (3, 2**40, 15)])
 def test_augmentation_equals_big_integers(seed, epoch, start, pad):
-    y, x, flip = augmentation(seed, epoch, start, start + 50, pad, "cpu")
+    y, x, flip = augmentation(seed, epoch, arange(start, start + 50), pad)
     expected = [reference_augmentation(seed, epoch, start + i, pad) for i in range(50)]
     assert list(zip(y.tolist(), x.tolist(), flip.tolist(), strict=True)) == expected
 
 
 def test_augmentation_does_not_depend_on_where_it_starts():
-    whole = augmentation(5, 2, 0, 1000, 4, "cpu")
-    parts = [augmentation(5, 2, start, start + 100, 4, "cpu") for start in range(0, 1000, 100)]
+    whole = augmentation(5, 2, arange(1000), 4)
+    parts = [augmentation(5, 2, arange(start, start + 100), 4) for start in range(0, 1000, 100)]
     for i, values in enumerate(whole):
         assert torch.equal(values, torch.cat([part[i] for part in parts]))
-    assert [values.numel() for values in augmentation(5, 2, 7, 7, 4, "cpu")] == [0, 0, 0]
+    assert [values.numel() for values in augmentation(5, 2, arange(7, 7), 4)] == [0, 0, 0]
 
 
 def test_augmentation_is_uniform():
-    draws = zip(*(v.tolist() for v in augmentation(3, 2, 0, 40_000, 4, "cpu")), strict=True)
+    draws = zip(*(v.tolist() for v in augmentation(3, 2, arange(40_000), 4)), strict=True)
     counts = Counter(draws)
     assert len(counts) == 162
     assert chisquare(list(counts.values())).pvalue > 1e-4
@@ -51,11 +52,11 @@ def test_augmentation_is_uniform():
 @pytest.mark.parametrize("step", ["position", "epoch", "seed"])
 def test_neighbouring_augmentations_are_independent(step):
     count = 100_000
-    here = augmentation(3, 5, 0, count, 4, "cpu")
+    here = augmentation(3, 5, arange(count), 4)
     there = {
-        "position": augmentation(3, 5, 1, count + 1, 4, "cpu"),
-        "epoch": augmentation(3, 6, 0, count, 4, "cpu"),
-        "seed": augmentation(4, 5, 0, count, 4, "cpu"),
+        "position": augmentation(3, 5, arange(1, count + 1), 4),
+        "epoch": augmentation(3, 6, arange(count), 4),
+        "seed": augmentation(4, 5, arange(count), 4),
     }[step]
     for a, b in product(here, there):
         sides = [9 if values.dtype == torch.int64 else 2 for values in (a, b)]
@@ -66,8 +67,8 @@ def test_neighbouring_augmentations_are_independent(step):
 @pytest.mark.gpu
 def test_cuda_draws_the_augmentation_of_the_cpu():
     for seed, start in ((0, 0), (-7, 49_000), (2**70, 2**40)):
-        on_cpu = augmentation(seed, 3, start, start + 100_000, 4, "cpu")
-        on_cuda = augmentation(seed, 3, start, start + 100_000, 4, "cuda")
+        on_cpu = augmentation(seed, 3, arange(start, start + 100_000), 4)
+        on_cuda = augmentation(seed, 3, arange(start, start + 100_000, device="cuda"), 4)
         for a, b in zip(on_cpu, on_cuda, strict=True):
             assert torch.equal(a, b.cpu())
 
@@ -78,12 +79,12 @@ def test_random_windows_are_torchvisions() -> None:
     for height, width in ((90, 130), (60, 160)):
         image, sides = torch.zeros(3, height, width), torch.tensor([[height, width]] * number)
         expected = [theirs(image, *same) for _ in range(number)]
-        windows, flips = random_windows(1, 2, 0, sides)
+        windows, flips = random_windows(1, 2, arange(number), sides)
         for ours, other in zip(windows.T, torch.tensor(expected).T, strict=True):
             alike: Any = ks_2samp(ours.numpy(), other.numpy())
             assert alike.pvalue > 1e-3
         assert abs(flips.double().mean() - 0.5) < 4 * 0.5 / number**0.5
     for height, width in ((4, 1000), (1000, 4), (1, 9)):  # where no random one fits
         image, sides = torch.zeros(3, height, width), torch.tensor([[height, width]])
-        windows, _ = random_windows(1, 2, 0, sides)
+        windows, _ = random_windows(1, 2, arange(1), sides)
         assert windows[0].tolist() == [*theirs(image, *same)]

@@ -106,7 +106,7 @@ def test_every_crop_and_flip_is_torchvisions(kind, monkeypatch):
     monkeypatch.setattr(
         loader_module,
         "augmentation",
-        lambda seed, epoch, start, stop, pad, device: [values[start:stop] for values in columns],
+        lambda seed, epoch, positions, pad: [values[positions] for values in columns],
     )
     images, plan = random_images(162), random_plan(162, 162)
     out = all_images(kind(images, torch.arange(162), 50, **PIXELS).epoch(plan))
@@ -122,7 +122,7 @@ def test_random_crops_are_torchvisions(kind, height, width, pad):
     images = random_images(40, width, height).permute(0, 2, 1, 3)  # not contiguous
     plan = random_plan(40, 33, epoch=2)
     loader = kind(images, torch.arange(40), 8, **PIXELS, pad=pad, seed=9)
-    crops = zip(*augmentation(9, 2, 0, 33, pad, "cpu"), strict=True)
+    crops = zip(*augmentation(9, 2, torch.arange(33), pad), strict=True)
     expected = [transformed(images[i], pad, *c) for i, c in zip(plan.indices, crops, strict=True)]
     for start in (0, 2):
         batches = list(loader.epoch(plan, start))

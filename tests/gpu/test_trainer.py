@@ -117,7 +117,9 @@ def test_a_captured_run_trains_as_the_eager_one_and_says_so(
     if device == "cpu":
         FakeCuda(monkeypatch)
         settle = config.settle  # which refuses it on a CPU
-        monkeypatch.setattr(config, "settle", lambda run, name, _: settle(run, name, "cuda"))
+        monkeypatch.setattr(
+            config, "settle", lambda run, name, _, ranks: settle(run, name, "cuda", ranks)
+        )
         monkeypatch.setattr(loop, "obstacle", lambda step: None)
     words = f"{TINY} --device {device} --optimizer lars --epochs 3 --whole-batches"
     eager, _ = train(tmp_path / "eager", f"{words} --no-graph")

@@ -17,7 +17,7 @@ def parse(words: str, cuda: bool = False) -> Config:
 
 
 def recorded(words: str = "") -> Config:
-    return config.settle(parse(words), "cifar10", "cpu")
+    return config.settle(parse(words), "cifar10", "cpu", 1)
 
 
 PAPER = {
@@ -60,7 +60,7 @@ def test_any_flag_overrides_its_preset() -> None:
         **{"policy": "random", "rescale": False, "anneal": False, "delta": 0.5},
     }
     assert not quick.whole_batches
-    assert config.settle(settings, "cifar10", "cpu").whole_batches  # as it compiles
+    assert config.settle(settings, "cifar10", "cpu", 1).whole_batches  # as it compiles
     with pytest.raises(UserError, match=r"^graph must be off on a CPU, got --graph$"):
         recorded("--graph")
 
@@ -184,6 +184,6 @@ def test_what_resuming_and_evaluating_may_change(action, words, names) -> None:
     with pytest.raises(UserError) as error:
         config.of_run(arguments, recorded(), action)
     assert all(name in str(error.value) for name in names.split()), error.value
-    synthetic = config.settle(recorded(), "synthetic", "cpu")  # another device makes other data
+    synthetic = config.settle(recorded(), "synthetic", "cpu", 1)  # another device makes other data
     with pytest.raises(UserError, match=r"^device must stay cpu with --evaluate"):
         config.of_run("--evaluate x --device cuda".split(), synthetic, "evaluate")

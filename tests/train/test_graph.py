@@ -7,8 +7,10 @@ import pytest
 import torch
 from steps_made import FakeCuda, assert_same, everything, make_batch, make_step
 
-from infobatch_fast.train.graph import MOST, WARM_UP, GraphStep, obstacle
+from infobatch_fast.ranks import Share
+from infobatch_fast.train.graph import MOST, GraphStep, obstacle
 from infobatch_fast.train.optim import OPTIMIZERS
+from infobatch_fast.train.step import WARM_UP
 
 
 @pytest.fixture
@@ -16,22 +18,28 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return FakeCuda(monkeypatch)
 
 
-def test_replays_are_the_eager_steps(cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_replays_are_the_eager_steps(cuda: FakeCuda, ranks: int) -> None:
     eager, step = make_step(), make_step()
+    assert eager.infobatch is not None
+    assert step.infobatch is not None
+    for infobatch in (eager.infobatch, step.infobatch):
+        infobatch._share = Share(0, ranks, 16)
     captured = GraphStep(step)
     for seed in range(12):
         # Now and then the partial batch of a full epoch.
         images, labels, batch = make_batch(seed, 16 if seed % 3 else 5)
         lr, momentum = 0.01 * (seed + 1), 0.95 - 0.01 * seed
+        step.infobatch._unmerged = False
         captured.capture()
+        assert not step.infobatch._unmerged  # a merge is of all ranks, and a capture of each
         eager(images, labels, batch, lr, momentum)
         captured(images, labels, batch, lr, momentum)
         assert_same(everything(eager), everything(step))
         for tensor in (images, labels, *batch):  # the loader's buffers are used anew
             tensor.fill_(0)
-        assert eager.infobatch is not None
-        assert step.infobatch is not None
         assert step.infobatch.recorded == eager.infobatch.recorded
+        assert step.infobatch._unmerged == eager.infobatch._unmerged == (ranks == 2)
     assert eager.read_counts() == step.read_counts()
     full, partial = cuda.graphs
     assert (full.replays, partial.replays) == (8 - WARM_UP, 4 - WARM_UP)

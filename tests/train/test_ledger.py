@@ -19,6 +19,7 @@ from infobatch_fast.plan import Plan
 from infobatch_fast.train import console, ledger, loop
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.config import Config
+from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.ledger import PICTURED, TRACKED, Diverged, Ledger, SampleRecord
 from infobatch_fast.train.step import Counts
 
@@ -83,7 +84,13 @@ def test_seconds_and_joules_are_told_apart_and_counted_once(tmp_path, clock, cap
     # 6 steps an epoch; checkpoints after step 4 of both epochs, and at the end.
     phases = {
         **{"choose": 2 * 5, "wait": 12 * 0.125, "step": 12 * 0.5, "update": 12 * 0.5},
-        **{"startup": 0, "evaluation": 2 * 100, "checkpoint": 3 * 1000, "other": 21_000},
+        **{
+            "merge": 0,
+            "startup": 0,
+            "evaluation": 2 * 100,
+            "checkpoint": 3 * 1000,
+            "other": 21_000,
+        },
     }
     assert summary["phases"] == pytest.approx(phases)
     assert list(summary["phases"]) == list(phases)
@@ -248,7 +255,7 @@ def test_telemetry_off_and_an_epoch_half_of_which_was_not_measured(
     ],
 )
 def test_when_a_run_has_diverged(tmp_path, counts: Counts, steps: int | None, bad: bool) -> None:
-    step = SimpleNamespace(infobatch=InfoBatch(3, 1, device="cpu"))
+    step = SimpleNamespace(infobatch=InfoBatch(3, 1, device="cpu"), ranks=Ranks())
     meter = FakeMeter(CPU, enabled=False)
     book = Ledger(Config(), step, tmp_path, meter)  # type: ignore[arg-type]
     if not bad:
