@@ -151,16 +151,16 @@ def parse(
 
 
 def _one_line(box: str) -> str:
-    """The words of tyro's framed error message, up to its second rule."""
+    """The words of tyro's framed error message, up to its second rule; ASCII's comes first."""
     words: list[str] = []
     rules = 0
     for framed in box.splitlines()[1:]:
         line = framed.strip("│╭╮╰╯ ")
-        if line.startswith("──"):
-            rules += 1
+        rule = line.startswith(("──", "----"))
+        rules += rule and bool(words)
         if rules == 2 or line.startswith(("For full helptext", "Argument helptext")):
             break
-        if not line.startswith("──") and not framed.startswith("│" + 9 * " "):  # a flag's help
+        if not rule and not framed[1:].startswith(9 * " "):  # a flag's help
             words.append(line)
     text = " ".join(" ".join(words).split()) or "the command line does not parse"
     return text.removeprefix("Error parsing pruning: ")  # of a dataclass that checks itself

@@ -1,6 +1,7 @@
 """The command line: presets, overrides, and one line for every mistake."""
 
 import json
+import sys
 from typing import get_args, get_type_hints
 
 import pytest
@@ -125,6 +126,18 @@ def test_a_mistake_names_flag_and_value_in_one_line(words: str, names: str) -> N
     message = str(error.value)
     assert all(name in message for name in names.split()), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("words", ["--ratio 2", "--rato 0.5", "--epochs 1.5"])
+def test_a_mistake_reads_alike_where_frames_are_ascii(words: str, monkeypatch, tmp_path) -> None:
+    messages = []
+    for encoding in ("utf-8", "ascii"):
+        monkeypatch.setattr(sys, "stdout", (tmp_path / encoding).open("w", encoding=encoding))
+        with pytest.raises(UserError) as error:
+            parse(words)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    assert "--- " not in messages[0]
 
 
 def test_help_has_every_flag(capsys) -> None:
