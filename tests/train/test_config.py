@@ -1,7 +1,8 @@
 """The command line: presets, overrides, and one line for every mistake."""
 
+import contextlib
+import io
 import json
-import sys
 from typing import get_args, get_type_hints
 
 import pytest
@@ -129,11 +130,11 @@ def test_a_mistake_names_flag_and_value_in_one_line(words: str, names: str) -> N
 
 
 @pytest.mark.parametrize("words", ["--ratio 2", "--rato 0.5", "--epochs 1.5"])
-def test_a_mistake_reads_alike_where_frames_are_ascii(words: str, monkeypatch, tmp_path) -> None:
+def test_a_mistake_reads_alike_where_frames_are_ascii(words: str) -> None:
     messages = []
     for encoding in ("utf-8", "ascii"):
-        monkeypatch.setattr(sys, "stdout", (tmp_path / encoding).open("w", encoding=encoding))
-        with pytest.raises(UserError) as error:
+        out = io.TextIOWrapper(io.BytesIO(), encoding)
+        with contextlib.redirect_stdout(out), pytest.raises(UserError) as error:
             parse(words)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
