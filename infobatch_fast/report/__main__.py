@@ -37,6 +37,7 @@ class Options:
     Attributes:
         runs: folders of runs, benchmarks' .jsonl files, or folders that hold those.
         out: folder of the report; what is in it stays, but for an older report.
+        brief: print the sentence alone that answers.
     """
 
     runs: Annotated[
@@ -44,6 +45,7 @@ class Options:
         tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint=""),
     ] = ()
     out: Path = Path("report")
+    brief: bool = False
 
 
 def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
@@ -86,6 +88,8 @@ def run(arguments: Sequence[str], say: Say) -> None:
         if path.exists() and MARK.encode() not in path.read_bytes()[:200]:
             raise UserError(f"out must hold no {name} that this command did not write, got {path}")
         write_atomically(path, text.encode(errors="backslashreplace"))
+    if options.brief:
+        first = [block for block in first if isinstance(block, Text) and block.role == "answer"]
     for line in terminal(first):
         say(line)
     say(f"report     {options.out}: {' and '.join(NAMES)}")

@@ -23,13 +23,13 @@ class Paired(NamedTuple):
     Attributes:
         against: what it is held against.
         points: differences of the last accuracy in percent, by seed.
-        samples: share of the other's samples that it did without.
+        saved: share of the other's samples that it did without.
         times: shares of the other's time that it did without, of the pairs of one device and form.
     """
 
     against: str
     points: pd.Series
-    samples: float
+    saved: float
     times: pd.Series
 
     @property
@@ -113,9 +113,15 @@ def trainings(section: Section) -> list[Training]:
 
 
 def against_full(mine: Training, others: Sequence[Training]) -> Paired | None:
-    """Against full data of as many epochs."""
-    full = [of for of in others if of.pruning == FULL and of.epochs == mine.epochs]
-    return _paired(mine, full) if mine.pruning != FULL else None
+    """Against full data of as many epochs; else of the most, if these saw an epoch more or so."""
+    full = {of.epochs: of for of in others if of.pruning == FULL}
+    if mine.pruning == FULL or not full:
+        return None
+    longest = full[max(full)]
+    if mine.epochs in full:
+        return _paired(mine, [full[mine.epochs]])
+    more = longest.frame["trained"].mean() - mine.frame["trained"].mean()
+    return _paired(mine, [longest], near=False) if more > mine.runs[0].size else None
 
 
 def against_shorter(mine: Training, others: Sequence[Training]) -> Paired | None:

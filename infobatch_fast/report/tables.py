@@ -68,7 +68,7 @@ def answer(section: Section) -> list[Block]:
             [
                 *(row.label, str(len(row.frame)), mean([*row.frame["accuracy"]], 2)),
                 *(NONE if one is None else _brief(one) for one in (full, shorter)),
-                NONE if row.pruning == FULL else f"{100 * row.saved:.1f}%",
+                NONE if row.pruning == FULL else f"{100 * (full or row).saved:.1f}%",
                 NONE if full is None else _time(full) or NONE,
             ]
             for row, (full, shorter) in zip(rows, against, strict=True)
@@ -193,7 +193,10 @@ def _sentence(row: Training, full: Paired | None, shorter: Paired | None) -> str
         parts = [f"{alone} with {_less(row.saved, 'samples')}"]
         unknown = ["what that cost in accuracy, and saved in time"]
     else:
-        parts = [f"against full data {_told(full, ' of accuracy')}", _less(full.samples, "samples")]
+        parts = [
+            f"against {full.against} {_told(full, ' of accuracy')}",
+            _less(full.saved, "samples"),
+        ]
         if full.time is not None:
             range_ = f" ({_range(full)} by seed)" if _range(full) else ""
             parts.append(_less(full.time, "training time") + range_)

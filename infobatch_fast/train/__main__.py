@@ -27,6 +27,7 @@ from infobatch_fast.telemetry.syncs import HostSync
 from infobatch_fast.train import config, console, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupts, Say, command, complain
+from infobatch_fast.train.compare import Failed, compare
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.ledger import Diverged
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code = command(body, OUT_OF_MEMORY, ranks.tells)
-    except (Diverged, HostSync) as error:
+    except (Diverged, HostSync, Failed) as error:
         if ranks.tells():
             complain(f"error: {error}", 1)
     except Exception:
@@ -83,6 +84,11 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
     asked, settings = settings, config.spent(settings)
     if asked.budget is not None:
         say(console.budget_line(asked, settings))
+    if settings.compare:
+        if ranks.world > 1:
+            raise UserError(f"compare must be asked of one process, got {ranks.world}")
+        compare(asked, settings, say)
+        return
     if settings.out is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError("out must be given where torchrun has --max-restarts, got none")
     data, device = _prepared(settings, say, ranks, stand_in=True)

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ MODELS = ("r18", "r34", "r50", "r101", "small")
 DATASETS = ("cifar10", "cifar100", "synthetic", "folder")
 # Never written to a run's record: they name places on this machine, or an action. Of a budget the
 # record has the epochs and the pruning that it is spent by.
-UNRECORDED = ("budget", "data_dir", "out", "resume", "evaluate")
+UNRECORDED = ("budget", "data_dir", "out", "resume", "evaluate", "compare", "seeds")
 # What --resume may change: none of it alters which samples are trained on, or how. A device does:
 # its generators draw other plans from the same seed.
 RESUMABLE = (
@@ -97,6 +97,10 @@ class Config:
             --max-bad-files, --checkpoint-every, --eval-every, --telemetry, --host-syncs and --log
             may change.
         evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
+        compare: train this run, full data, and full data for fewer epochs on as many samples, with
+            several seeds, and tell what pruning was worth; --out is the folder of all, default
+            runs/compare. The same command goes on after a kill, and trains no run twice.
+        seeds: of --compare, counted from --seed; default 3.
     """
 
     preset: Literal["paper", "quick", "imagenet"] = "paper"
@@ -137,6 +141,8 @@ class Config:
     out: Annotated[Path | None, _FOLDER] = None
     resume: Annotated[Path | None, _FOLDER] = None
     evaluate: Annotated[Path | None, _FOLDER] = None
+    compare: bool = False
+    seeds: int | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -167,6 +173,8 @@ class Config:
             ("workers", "at least 0", self.workers >= 0),
             ("max_bad_files", "at least 0", self.max_bad_files >= 0),
             ("label_noise", "in [0, 1)", 0 <= self.label_noise < 1),
+            ("seeds", "at least 1", self.seeds is None or self.seeds >= 1),
+            ("seeds", "given with --compare alone", self.seeds is None or self.compare),
             ("synthetic_classes", "at least 2", classes >= 2),
             ("synthetic_samples", few, classes <= samples <= 2**40),
         ):
@@ -183,6 +191,11 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """The settings by the names of their flags."""
         return {name: getattr(self, name) for name in _NAMES} | self.pruning.settings()
+
+    @property
+    def num_seeds(self) -> int:
+        """Of --compare: two tell no more than the sign, three how large the noise is."""
+        return 3 if self.seeds is None else self.seeds
 
     def recorded(self) -> dict[str, Any]:
         """The settings without places and actions, as JSON types."""
@@ -256,6 +269,22 @@ def peek(arguments: Sequence[str], name: str) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?", dest="value")
     return parser.parse_known_args(list(arguments))[0].value
+
+
+def words(config: Config, cuda: bool, without: Collection[str] = ()) -> list[str]:
+    """The flags that differ from the preset's, but for the pruning's, `without` and UNRECORDED."""
+    preset = parse(["--preset", config.preset, "--device", config.device], cuda=cuda)
+    default = {**vars(preset), "device": "auto"}
+    said: list[str] = []
+    for name in _NAMES:
+        value, flag = getattr(config, name), name.replace("_", "-")
+        if name in (*UNRECORDED, *without) or value == default[name]:
+            continue
+        if isinstance(value, bool):
+            said.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            said += [f"--{flag}", str(value)]
+    return said
 
 
 def settle(config: Config, dataset: str, device: str, processes: int) -> Config:

@@ -26,8 +26,9 @@ def preset_line(settings: Config, chosen: bool) -> str:
 
 def budget_line(asked: Config, settings: Config) -> str:
     """How a budget is spent."""
-    of = settings.pruning
-    out = f", {of.target_saving:.1%} of the samples left out by {of.policy}" * (not of.full_data)
+    of, out = settings.pruning, ""
+    if of.target_saving is not None:
+        out = f", {of.target_saving:.1%} of the samples left out by {of.policy}"
     return (
         f"budget     {asked.budget:g} of the samples of {asked.epochs} full epochs: "
         f"{settings.epochs} epochs{out}\n"

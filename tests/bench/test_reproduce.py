@@ -17,7 +17,7 @@ from reproduce import Options, make_plan, settle
 
 from infobatch_fast.policies import POLICIES
 from infobatch_fast.pruning import Pruning
-from infobatch_fast.train import config
+from infobatch_fast.train import config, queue
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
 CALL = "--table accuracy --dataset synthetic --preset quick --epochs 8".split()
@@ -107,8 +107,8 @@ def test_ratios_scale_and_further_words_are_in_names_and_commands() -> None:
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch, capsys):
     """Call the command with the stand-in; returns the exit code and what it printed."""
-    monkeypatch.setattr(reproduce, "TRAIN", FAKE)
-    monkeypatch.setattr(reproduce, "REPORT", (sys.executable, "-S", "-c", "print('reported')"))
+    monkeypatch.setattr(queue, "TRAIN", FAKE)
+    monkeypatch.setattr(queue, "REPORT", (sys.executable, "-S", "-c", "print('reported')"))
     monkeypatch.setenv("FAULTS", "{}")
 
     def call(*words: str, **faults: str) -> tuple[int, str]:
@@ -213,7 +213,8 @@ def hanging(folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_kill_leaves_no_orphan_and_loses_nothing(tmp_path: Path, call) -> None:
-    code = f"import reproduce; reproduce.TRAIN = {FAKE}; reproduce.main({CALL} + ['--out', 'out'])"
+    words = [*CALL, "--out", "out"]
+    code = f"import reproduce as r; r.queue.TRAIN = {FAKE}; r.main({words})"
     path = f"{Path(reproduce.__file__).parent}{os.pathsep}{Path(reproduce.__file__).parents[1]}"
     environment = {**os.environ, "PYTHONPATH": path, "FAULTS": '{"soft-r0.3": "hang"}'}
     process = subprocess.Popen(

@@ -84,7 +84,7 @@ def test_differences(
     if more is not None:
         assert full.more == more
     # Three of four epochs keep 800 of 1000, in that share of the time.
-    assert full.samples == pytest.approx(0.15)
+    assert full.saved == pytest.approx(0.15)
     assert full.time == pytest.approx(0.15)
 
 
@@ -143,7 +143,28 @@ def test_training_shorter_is_the_nearest_within_an_epoch(tmp_path: Path) -> None
     assert shorter is not None
     assert dict(shorter.points) == {0: pytest.approx(1.0)}
     assert "3 epochs" in shorter.against
-    assert shorter.samples == pytest.approx(1 - 3.4 / 3)
+    assert shorter.saved == pytest.approx(1 - 3.4 / 3)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rivals", "full", "shorter"),
+    [
+        # 1,000 + 640 for each epoch that prunes: the first and the last eighth do not.
+        (24, (16, 12), None, "full data, 16 epochs"),  # 16,800 samples, 800 more than those of 16
+        (24, (24, 17, 16, 12), "full data", "full data, 17 epochs"),
+        (18, (16, 13, 12), "full data, 16 epochs", "full data, 13 epochs"),  # 12,600
+        (15, (16, 10), "full data, 16 epochs", "full data, 10 epochs"),  # 10,680
+        (15, (16, 20, 15), "full data", None),
+        (16, (), None, None),
+    ],
+)
+def test_rivals_of_a_run_of_more_or_fewer_epochs(
+    tmp_path: Path, epochs: int, rivals: Sequence[int], full: str | None, shorter: str | None
+) -> None:
+    write_run(tmp_path / "mine", {"epochs": epochs, "policy": "hard", "ratio": 0.9})
+    for of in rivals:
+        write_run(tmp_path / f"full{of}", {"epochs": of, **FULL})
+    assert [of and of.against for of in compared(tmp_path)] == [full, shorter]
 
 
 def test_trainings_on_equally_many_samples(tmp_path: Path) -> None:
@@ -222,5 +243,5 @@ def test_the_committed_results() -> None:
     assert shorter is not None
     assert (full.mean, full.verdict) == (pytest.approx(-1.47, abs=0.01), "lower")
     assert (shorter.mean, shorter.verdict) == (pytest.approx(-0.23, abs=0.01), "undecided")
-    assert shorter.samples == pytest.approx(0, abs=1e-9)
+    assert shorter.saved == pytest.approx(0, abs=1e-9)
     assert len(section.runs) == 33

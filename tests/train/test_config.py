@@ -67,6 +67,23 @@ def test_any_flag_overrides_its_preset() -> None:
         recorded("--graph")
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--preset quick",
+        "--preset paper --device cpu --compile --max-lr 0.1 --model timm:vit --no-rescale",
+        "--preset imagenet --no-graph --dataset folder --eval-every 2 --log tensorboard --seed 5",
+    ],
+)
+def test_settings_as_words_are_the_settings(line: str, cuda: bool) -> None:
+    settings = parse(f"{line} --data-dir /tmp --out /tmp/x", cuda=cuda)
+    words = ["--preset", settings.preset, *config.words(settings, cuda), *settings.pruning.flags]
+    assert config.parse(words, cuda=cuda).recorded() == settings.recorded()
+    assert len(words) < 20
+    assert "--seed" not in config.words(settings, cuda, without={"seed"})
+
+
 def test_names_are_those_of_what_they_stand_for() -> None:
     hints = get_type_hints(Config)
     assert get_args(hints["optimizer"]) == OPTIMIZERS
