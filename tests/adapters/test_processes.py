@@ -13,6 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from test_sampler import EPOCHS, N, Samples, expected, losses_of, make
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
@@ -295,7 +298,7 @@ def test_scores_are_copied_bit_for_bit(ranks: Ranks) -> None:
     assert ranks.run(4, bits, sent) == [given.view(torch.int32).tolist()] * 4
 
 
-def descend(group: Any) -> list[float]:
+def descend(group: Any, sharded: bool = False) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(104, 5, generator=generator), torch.arange(104) % 3
     infobatch = InfoBatch(104, EPOCHS, delta=0.7, device="cpu", group=group)
@@ -303,7 +306,9 @@ def descend(group: Any) -> list[float]:
     model: Any = torch.nn.Linear(5, 3)
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)
-    if dist.is_initialized():
+    if sharded:
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    elif dist.is_initialized():
         model = DistributedDataParallel(model, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     for _ in range(EPOCHS):
@@ -312,11 +317,13 @@ def descend(group: Any) -> list[float]:
             infobatch.update(losses, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole]).tolist()
 
 
-def test_ddp_descends_as_one_process_does(ranks: Ranks) -> None:
-    first, second = ranks.run(2, descend)
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP"])
+def test_parallel_models_descend_as_one_process_does(ranks: Ranks, sharded: bool) -> None:
+    first, second = ranks.run(2, descend, sharded)
     assert first == second == pytest.approx(descend(None), rel=1e-4, abs=1e-6)
 
 
