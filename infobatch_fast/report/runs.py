@@ -202,7 +202,8 @@ def _setting(run: Run) -> dict[str, Any]:
     setting["data_fraction"] = config.get("data_fraction", 1.0)
     if not config.get("label_noise"):  # which wrong ones follows the seed
         setting["data_hash"] = run.record.data_hash
-    return setting | {"data": data, "source": run.record.source_hash[:8]}
+    processes = run.record.device.get("processes", 1)  # each normalises a batch of its own
+    return setting | {"data": data, "source": run.record.source_hash[:8], "processes": processes}
 
 
 def _title(setting: dict[str, Any], varied: Sequence[str], runs: Sequence[Run]) -> str:
