@@ -215,6 +215,8 @@ def _title(setting: dict[str, Any], varied: Sequence[str], runs: Sequence[Run]) 
         data += " (from files other than the published ones)"
     if setting["data_fraction"] != 1:
         data = f"{100 * setting['data_fraction']:g}% of {data}"
-    told = {"model", "dataset", "data", "data_fraction"}
+    if setting.get("validation"):
+        data += f", judged by {setting['validation']:,} held-out training images"
+    told = {"model", "dataset", "data", "data_fraction", "validation"}
     words = [f", {n} {setting.get(n, 'not recorded')}" for n in varied if n not in told]
     return f"{setting['model']} on {data}, {counted(longest, 'epoch')}" + "".join(words)

@@ -110,7 +110,7 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
             if ranks.first:
                 record.discard(folder, made)  # the mended command may name the same folder
             raise
-    for line in console.summary_lines(summary, folder):
+    for line in console.summary_lines(summary, settings, folder):
         say(line)
 
 
@@ -167,7 +167,7 @@ def _go_on(
                 if known is not None and data.fingerprint() != known:
                     raise UserError(f"data_dir must hold the data of the run {folder}, got others")
             summary = train(settings, data, folder, saved, interrupts, say, ranks)
-    for line in console.summary_lines(summary, folder):
+    for line in console.summary_lines(summary, settings, folder):
         say(line)
 
 
@@ -223,9 +223,10 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
         raise UserError(f"{path} does not fit {settings.model}: {reason(error)}") from None
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
     accuracy = evaluate(model, data.tests(settings.loader)(), settings.amp)
+    kind = console.judges(settings)
     say(
-        f"test accuracy {accuracy:.2%}: {path}, {settings.model} on the "
-        f"{data.test_labels.numel():,} test images of {data.name} ({data.source})"
+        f"{kind} accuracy {accuracy:.2%}: {path}, {settings.model} on the "
+        f"{data.test_labels.numel():,} {kind} images of {data.name} ({data.source})"
     )
 
 

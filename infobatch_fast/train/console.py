@@ -38,6 +38,11 @@ def budget_line(asked: Config, settings: Config) -> str:
     )
 
 
+def judges(settings: Config) -> str:
+    """The images that accuracies are of: the test set's, or what --validation holds out."""
+    return "held-out" if settings.validation else "test"
+
+
 def header(
     settings: Config,
     data: Dataset,
@@ -58,7 +63,7 @@ def header(
     return [
         f"device     {device['name']}, {where}",
         f"data       {kind}: {data.labels.numel():,} training and {data.test_labels.numel():,} "
-        f"{'held-out' if settings.validation else 'test'} images, {data.num_classes} classes, fed "
+        f"{judges(settings)} images, {data.num_classes} classes, fed "
         f"by {loader}"
         + f", {settings.label_noise:.0%} of the labels wrong"
         * bool(settings.label_noise),
@@ -151,7 +156,7 @@ def epoch_line(line: EpochLine, settings: Config, samples: int) -> str:
     return "  ".join(part for part, shown in parts.items() if shown)
 
 
-def summary_lines(summary: Summary, folder: Path) -> list[str]:
+def summary_lines(summary: Summary, settings: Config, folder: Path) -> list[str]:
     """The results of a finished run."""
     full = summary.samples_trained + summary.samples_saved
     target, phases = summary.target_saving, summary.phases or {}
@@ -160,8 +165,8 @@ def summary_lines(summary: Summary, folder: Path) -> list[str]:
     shares = (f"{name} {took:.2f} s ({took / total:.1%})" for name, took in phases.items())
     lines = {
         "accuracy": f"{summary.accuracy_last:.2%} after the last epoch; best "
-        f"{summary.accuracy_best:.2%} (epoch {summary.accuracy_best_epoch}, picked on the test "
-        "set)",
+        f"{summary.accuracy_best:.2%} (epoch {summary.accuracy_best_epoch}, picked on the "
+        f"{judges(settings)} images)",
         "time": _time(summary),
         "phases": ", ".join(shares),
         "samples": f"trained on {summary.samples_trained:,} of {full:,}; saved "

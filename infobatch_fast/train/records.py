@@ -65,7 +65,8 @@ class EpochLine(Measured):
         kept: samples trained on, K; prunable, those that the policy allowed to be left out, n.
         loss: mean of weight * loss over the steps taken; None where none was, or it is not finite.
         lr: of the last step.
-        accuracy: share of the test set, in [0, 1]; None where it was not evaluated.
+        accuracy: share of the test set, or of what --validation holds out, in [0, 1]; None where
+            it was not evaluated.
         ratio: share of the prunable samples to be left out, before rounding.
     """
 
@@ -111,7 +112,7 @@ class Summary(Measured):
     """summary.json: the results of a finished run; sums are over all of its sessions.
 
     Attributes:
-        accuracy_best: of the best epoch, which was picked on the test set.
+        accuracy_best: of the best epoch, which was picked on the images that it is of.
         saved_share: samples not trained on over those of as many full epochs.
         epoch_seconds: median of training and pruning over the epochs without start-up; None where
             there is none.

@@ -199,6 +199,7 @@ def test_trainings_on_equally_many_samples(tmp_path: Path) -> None:
         {"data": "synthetic"},
         {"data": "files"},
         {"data_hash": "d4" * 8},
+        {"config": {"validation": 5000}},
         {"source_hash": "c3" * 32},
         {"done": 3},
     ],

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -446,9 +447,13 @@ def test_validation_and_label_noise(tmp_path, capsys, monkeypatch) -> None:
     assert "30% of the labels wrong" in said
     expected = whole.with_validation(20).with_label_noise(0.3, 3)
     assert arrays_of(folder)["labels"].tolist() == expected.labels.tolist()
-    for words, images in (((), 20), (("--validation", "0"), 24)):
-        assert main(["--evaluate", str(folder), "--device", "cpu", *words]) == 0
-        assert f"on the {images} test images" in capsys.readouterr().out
+    assert "picked on the held-out images" in said
+    for more, images in (((), "20 held-out"), (("--validation", "0"), "24 test")):
+        assert main(["--evaluate", str(folder), "--device", "cpu", *more]) == 0
+        assert f"on the {images} images" in capsys.readouterr().out
+    whole = replace(whole, test_images=whole.test_images * 0, test_labels=whole.test_labels * 0)
+    assert run(*words, "--out", tmp_path / "other") == 0
+    assert_alike(folder, tmp_path / "other")  # nothing is of the test set
 
 
 @pytest.mark.parametrize(
