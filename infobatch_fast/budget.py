@@ -1,11 +1,14 @@
 """How many samples an epoch leaves out: a ratio, a schedule of it, or a share of the whole run."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from infobatch_fast.errors import reason
 from infobatch_fast.pruning import DELTA, Pruning
 
 PODS_PERIOD = 10  # epochs, about: whole periods fit the epochs that prune
@@ -95,27 +98,68 @@ class Budget(NamedTuple):
         return kept.round().clamp(min=1).long()
 
 
-def wave(schedule: str, epoch: int, first_full_epoch: int) -> float:
-    """How far an epoch's ratio lies from its mean, in [-1, 1]; the pruning epochs add up to 0.
+@dataclass(frozen=True)
+class Schedule:
+    """How the ratio changes from epoch to epoch.
 
-    `pods` alternates between phases of much data and of little on the same budget as a constant
-    ratio (PODS, arXiv:2605.14773); a cosine here, which begins with much data. Epoch 0 is full, as
-    nothing is scored yet, so that it counts from epoch 1.
+    Attributes:
+        name: of `SCHEDULES`, or the function's as `module:function`.
+        function: of the ratio asked for, the epoch, and the first full epoch at the end; gives the
+            epoch's ratio. The first it is asked for is epoch 1, as nothing is scored before. With
+            a target only the proportions count of what it gives.
+    """
+
+    name: str
+    function: Callable[[float, int, int], float]
+
+    def __call__(self, ratio: float, epoch: int, first_full_epoch: int) -> float:
+        """The epoch's ratio; ValueError, which names the schedule, where there is none."""
+        try:
+            given = float(self.function(ratio, epoch, first_full_epoch))
+        except Exception as error:  # whatever the user's function raises
+            what = f"{type(error).__name__}: {reason(error)}"
+            raise ValueError(f"ratio_schedule {self.name} failed: {what}") from error
+        if not 0 <= given < math.inf:
+            self.refuse("at least 0 and finite", given, epoch)
+        return given
+
+    def refuse(self, rule: str, given: float, epoch: int) -> NoReturn:
+        """Raise ValueError for what it gave."""
+        raise ValueError(
+            f"ratio_schedule {self.name} must give ratios {rule}, got {given:g} in epoch {epoch}"
+        )
+
+
+def constant(ratio: float, epoch: int, first_full_epoch: int) -> float:
+    """The ratio itself."""
+    return ratio
+
+
+def pods(ratio: float, epoch: int, first_full_epoch: int) -> float:
+    """PODS (arXiv:2605.14773): phases of much data and of little, whose mean is the ratio.
+
+    A cosine here, which begins with much data.
     """
     length = first_full_epoch - 1
-    if schedule == "constant" or epoch == 0 or length < 4:
-        return 0.0
+    if length < 4:
+        return ratio
     periods = max(1, round(length / PODS_PERIOD))
-    return -math.cos(2 * math.pi * periods * (epoch - 0.5) / length)
+    return ratio * (1 - _swing(ratio) * math.cos(2 * math.pi * periods * (epoch - 0.5) / length))
 
 
-def scheduled_ratio(ratio: float, schedule: str, epoch: int, first_full_epoch: int) -> float:
-    """The ratio of an epoch: its mean is `ratio`, and it stays below 1."""
-    return ratio * (1 + _swing(ratio) * wave(schedule, epoch, first_full_epoch))
+SCHEDULES = {"constant": constant, "pods": pods}
+
+
+def scheduled_ratio(ratio: float, schedule: Schedule, epoch: int, first_full_epoch: int) -> float:
+    """The ratio of an epoch; ValueError where it is not below 1."""
+    given = ratio if epoch == 0 else schedule(ratio, epoch, first_full_epoch)
+    if given >= 1:
+        schedule.refuse("below 1", given, epoch)
+    return given
 
 
 def to_save(
-    left: float, num_samples: int, schedule: str, epoch: int, first_full_epoch: int
+    left: float, num_samples: int, schedule: Schedule, epoch: int, first_full_epoch: int
 ) -> float:
     """An epoch's part of the samples `left` that the run has still to save.
 
@@ -125,9 +169,9 @@ def to_save(
     later = range(max(epoch, 1), first_full_epoch)
     if epoch == 0 or not later or left <= 0:
         return 0.0
-    swing = _swing(left / (num_samples * len(later)))
-    parts = [1 + swing * wave(schedule, each, first_full_epoch) for each in later]
-    return left * parts[0] / sum(parts)
+    mean = left / (num_samples * len(later))
+    parts = [schedule(mean, each, first_full_epoch) / mean for each in later]
+    return left * parts[0] / sum(parts) if parts[0] else 0.0
 
 
 def _swing(mean: float) -> float:

@@ -19,7 +19,7 @@ from infobatch_fast.errors import reason
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.plan import Batch, Plan, check_count, per_sample
-from infobatch_fast.policies import SCORES, Choice, History, View, find, soft
+from infobatch_fast.policies import SCORES, Choice, History, View, find, find_schedule, soft
 from infobatch_fast.pruning import Pruning
 from infobatch_fast.ranks import Share, compare, merge, place
 
@@ -49,8 +49,9 @@ class InfoBatch:
         device: where the scores live and the plans are drawn; None is CUDA where there is one, of
             torchrun's processes each one's own.
         ratio, delta, policy, rescale, anneal, score, ratio_schedule, target_saving: see `Pruning`.
-            A policy that remembers has its epochs drawn in their order. With a target, what an
-            epoch cannot save falls to the later ones; see `most_saving`.
+            A schedule may be a function, too, see `budget.Schedule`. A policy that remembers has
+            its epochs drawn in their order. With a target, what an epoch cannot save falls to the
+            later ones; see `most_saving`.
         protect: (N,) bool, samples that no epoch leaves out (a rare class, say); not in the state.
         labels: (N,) int64, for a policy of one's own that looks at them; not in the state.
         group: the data-parallel ranks among several processes of torch.distributed's; None is its
@@ -84,7 +85,7 @@ class InfoBatch:
         rescale: bool = True,
         anneal: bool = True,
         score: str = "loss",
-        ratio_schedule: str = "constant",
+        ratio_schedule: str | Callable[[float, int, int], float] = "constant",
         target_saving: float | None = None,
         protect: Tensor | None = None,
         labels: Tensor | None = None,
@@ -92,9 +93,9 @@ class InfoBatch:
     ) -> None:
         check_count("num_samples", num_samples)
         check_count("num_epochs", num_epochs)
-        self.pruning = Pruning(
-            policy, ratio, delta, rescale, anneal, score, ratio_schedule, target_saving
-        )
+        self._schedule = find_schedule(ratio_schedule)
+        name = self._schedule.name
+        self.pruning = Pruning(policy, ratio, delta, rescale, anneal, score, name, target_saving)
         self.num_samples, self.num_epochs, self.seed = (
             int(num_samples),
             int(num_epochs),
@@ -103,6 +104,9 @@ class InfoBatch:
         self.first_full_epoch = self.pruning.first_full_epoch(self.num_epochs)
         self._tail = Pruning(delta=delta).first_full_epoch(self.num_epochs)  # though not annealed
         self._policy = find(policy)
+        self._past = self._after = _Past({}, None, 0)
+        for epoch in range(self.num_epochs if target_saving is None else 2):
+            self._budget(epoch)  # a schedule that gives no ratio is refused now
         if device is None:
             device = _default_device()
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
@@ -110,7 +114,6 @@ class InfoBatch:
         self._labels = self._of_all("labels", labels, torch.int64)
         triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
-        self._past = self._after = _Past({}, None, 0)
         self.asked = 0.0  # samples that a target asked the last epoch drawn to leave out
         self.plan: Plan | None = None  # the last drawn
         self.recorded = 0  # samples whose losses came since, as the host knows it
@@ -202,7 +205,7 @@ class InfoBatch:
         if epoch >= self.first_full_epoch:
             return Budget(0.0)
         pruning = self.pruning
-        schedule = pruning.ratio_schedule, epoch, self.first_full_epoch
+        schedule = self._schedule, epoch, self.first_full_epoch
         if pruning.target_saving is None:
             return Budget(scheduled_ratio(pruning.ratio, *schedule))
         left = pruning.target_saving * self.num_samples * self.num_epochs - self._past.saved

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infobatch_fast.budget import Budget
+from infobatch_fast.budget import SCHEDULES, Budget, Schedule
 from infobatch_fast.errors import reason, unknown_name
 from infobatch_fast.kernels import reference
 
@@ -258,6 +258,23 @@ def find(name: str) -> Policy:
         kind = type(POLICIES[name]).__name__
         raise TypeError(f"POLICIES[{name!r}] must be a Policy, got {kind}")
     return POLICIES[name]
+
+
+def find_schedule(schedule: str | Callable[[float, int, int], float]) -> Schedule:
+    """The schedule of a name of `SCHEDULES`, of `module:function`, or that a function is.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if callable(schedule):
+        named = schedule if hasattr(schedule, "__qualname__") else type(schedule)
+        return Schedule(f"{named.__module__}:{named.__qualname__}", schedule)
+    if schedule in SCHEDULES:
+        return Schedule(schedule, SCHEDULES[schedule])
+    if ":" in str(schedule):
+        return Schedule(schedule, imported("ratio_schedule", schedule))
+    known = [*SCHEDULES, "module:function"]
+    raise ValueError(unknown_name("ratio_schedule", schedule, known))
 
 
 def imported(argument: str, name: str) -> Any:

@@ -10,7 +10,6 @@ from infobatch_fast.errors import unknown_name
 
 DELTA = 0.875  # of the reported runs
 SCORES = ("loss", "bls")
-RATIO_SCHEDULES = ("constant", "pods")
 # Policies that never weight what they keep, so that rescaling changes nothing.
 UNWEIGHTED = frozenset({"hard", "orderdp", "ucb", "seta", "none"})
 
@@ -26,7 +25,8 @@ class Pruning:
         rescale: weight the prunable samples that were kept, so that the expected gradient stays.
         anneal: train on all data in the last (1 - delta) of the epochs; False prunes to the end.
         score: loss, the sample's last; or bls, of batches.
-        ratio_schedule: constant, or pods, which swings the ratio around its mean.
+        ratio_schedule: constant; pods, which swings the ratio around its mean; or
+            `module:function`, which gives each epoch's.
         target_saving: share of the samples of all epochs to leave out, in (0, 1); each epoch's
             ratio is then solved from its scores, and `ratio` is not used.
 
@@ -50,9 +50,8 @@ class Pruning:
             raise ValueError(f"delta must be in [0, 1], got {self.delta}")
         if self.target_saving is not None and not 0 < self.target_saving < 1:
             raise ValueError(f"target_saving must be in (0, 1), got {self.target_saving}")
-        for name, known in (("score", SCORES), ("ratio_schedule", RATIO_SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(unknown_name(name, getattr(self, name), known))
+        if self.score not in SCORES:
+            raise ValueError(unknown_name("score", self.score, SCORES))
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Pruning":
@@ -122,7 +121,7 @@ class Pruning:
             f"r{self.ratio:g}" if target is None else f"save{target:g}",
             *[f"d{self.delta:g}"] * (self.delta not in (DELTA, 1.0)),
             *[self.score] * (self.score != "loss"),
-            *[self.ratio_schedule] * (self.ratio_schedule != "constant"),
+            *[self.ratio_schedule.replace(":", ".")] * (self.ratio_schedule != "constant"),
             *["norescale"] * (not self.rescale),
             *["noanneal"] * (not self.anneal or self.delta == 1),
         ]

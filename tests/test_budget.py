@@ -11,14 +11,15 @@ from infobatch_fast import InfoBatch
 from infobatch_fast.budget import (
     PODS_PERIOD,
     PODS_SWING,
+    SCHEDULES,
     Budget,
+    pods,
     scheduled_ratio,
     spend,
     to_save,
-    wave,
 )
 from infobatch_fast.plan import Plan
-from infobatch_fast.pruning import RATIO_SCHEDULES
+from infobatch_fast.policies import find_schedule as named
 from infobatch_fast.telemetry.syncs import host_syncs
 
 
@@ -90,11 +91,11 @@ def test_budgets_that_cannot_be_spent(share: float, epochs: int, words: str) -> 
 FIRST_FULL = [*range(0, 40), 79, 175, 200, 201]
 
 
-@pytest.mark.parametrize("schedule", RATIO_SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.3, 0.5, 0.7, 0.999])
 def test_the_mean_ratio_is_the_ratio(ratio: float, schedule: str) -> None:
     for first_full in FIRST_FULL:
-        ratios = [scheduled_ratio(ratio, schedule, e, first_full) for e in range(first_full)]
+        ratios = [scheduled_ratio(ratio, named(schedule), e, first_full) for e in range(first_full)]
         assert all(0 <= r < 1 for r in ratios)
         if first_full > 1:
             mean = math.fsum(ratios[1:]) / (first_full - 1)
@@ -108,7 +109,7 @@ def test_the_mean_ratio_is_the_ratio(ratio: float, schedule: str) -> None:
 
 
 def test_pods_alternates_from_much_data_to_little() -> None:
-    ratios = np.array([scheduled_ratio(0.5, "pods", epoch, 41) for epoch in range(1, 41)])
+    ratios = np.array([scheduled_ratio(0.5, named("pods"), epoch, 41) for epoch in range(1, 41)])
     # Four periods of ten epochs each: in the middle four above the mean, two on it.
     np.testing.assert_allclose(ratios, np.tile(ratios[:10], 4), atol=1e-12)
     assert [epoch for epoch in range(10) if ratios[epoch] > 0.5 + 1e-12] == [3, 4, 5, 6]
@@ -118,10 +119,9 @@ def test_pods_alternates_from_much_data_to_little() -> None:
     assert ratios[4] == pytest.approx(ratios.max())
     assert ratios.max() > 0.73
     for first_full, periods in ((5, 1), (15, 1), (17, 2), (26, 2), (175, 17)):
-        above = [wave("pods", epoch, first_full) > 1e-12 for epoch in range(1, first_full)]
+        above = [pods(0.5, epoch, first_full) > 0.5 + 1e-12 for epoch in range(1, first_full)]
         rises = sum(b and not a for a, b in pairwise(above))
         assert rises == periods == max(1, round((first_full - 1) / PODS_PERIOD))
-    assert wave("pods", 0, 41) == 0
 
 
 def test_the_plans_follow_the_schedule() -> None:
@@ -130,7 +130,7 @@ def test_the_plans_follow_the_schedule() -> None:
     ratios = []
     for epoch in range(40):
         plan = infobatch.sample(epoch)
-        expected = 0.0 if epoch >= 35 else scheduled_ratio(0.4, "pods", epoch, 35)
+        expected = 0.0 if epoch >= 35 else scheduled_ratio(0.4, named("pods"), epoch, 35)
         assert plan.ratio == pytest.approx(expected, abs=1e-12)
         assert plan.expected_saving == plan.ratio * plan.num_prunable / 1000
         assert len(plan) == 1000 - plan.num_prunable + round((1 - expected) * plan.num_prunable)
@@ -139,23 +139,70 @@ def test_the_plans_follow_the_schedule() -> None:
     assert len({round(ratio, 6) for ratio in ratios[1:35]}) > 5
 
 
+def late(ratio: float, epoch: int, first_full_epoch: int) -> float:
+    """Leaves out ever more: twice the ratio at the end."""
+    return 2 * ratio * epoch / first_full_epoch
+
+
+@pytest.mark.parametrize("schedule", [late, f"{__name__}:late"])
+def test_a_schedule_of_ones_own(schedule) -> None:
+    infobatch = aiming(None, policy="hard", ratio=0.4, ratio_schedule=schedule)
+    plans = simulate(infobatch)
+    ratios = [late(0.4, epoch, 11) for epoch in range(1, 11)]
+    assert [plan.ratio for plan in plans[1:11]] == pytest.approx(ratios, rel=1e-12)
+    state = infobatch.state_dict()
+    assert state["ratio_schedule"] == f"{__name__}:late"
+    aiming(None, policy="hard", ratio=0.4, ratio_schedule=late).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^ratio_schedule of the state must be constant, got"):
+        aiming(None, policy="hard", ratio=0.4).load_state_dict(state)
+    plans = simulate(aiming(0.3, policy="hard", ratio_schedule=schedule))
+    parts = [3600 * epoch / sum(range(1, 11)) for epoch in range(1, 11)]
+    assert [1000 - len(plan) for plan in plans[1:11]] == pytest.approx(parts, abs=1)
+    assert saved(plans) == 3600
+
+
+NOTHING = 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "target", "message"),
+    [
+        (late, None, r"\S+:late must give ratios below 1, got 1.08982 in epoch 6"),
+        (
+            lambda *_: -0.1,
+            0.3,
+            r"\S+<lambda> must give .* at least 0 and finite, got -0.1 in epoch 1",
+        ),
+        (lambda *_: math.nan, None, r"\S+ must give .* got nan in epoch 1"),
+        (lambda *_: None, None, r"\S+<lambda> failed: TypeError: .*"),
+        (lambda *_: 1 / 0, 0.3, r"\S+<lambda> failed: ZeroDivisionError: .*"),
+        (f"{__name__}:NOTHING", None, r"\S+:NOTHING failed: TypeError: .*"),
+        (f"{__name__}:absent", None, r"\S+:absent cannot be imported: .*"),
+        ("lat", None, "must be one of constant, pods, module:function, got lat"),
+    ],
+)
+def test_a_schedule_that_gives_no_ratio_is_refused_at_once(schedule, target, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^ratio_schedule {message}$"):
+        aiming(target, ratio=0.999, ratio_schedule=schedule)
+
+
 # A share of the whole run
 
 
 def test_to_save_by_hand() -> None:
-    assert to_save(90, 100, "constant", 0, 10) == 0  # the first epoch has no scores
-    assert to_save(90, 100, "constant", 1, 10) == 10
-    assert to_save(90, 100, "constant", 9, 10) == 90
-    assert to_save(-1, 100, "constant", 5, 10) == 0
-    assert to_save(90, 100, "constant", 1, 1) == 0
-    for schedule in RATIO_SCHEDULES:
+    flat = named("constant")
+    assert to_save(90, 100, flat, 0, 10) == 0  # the first epoch has no scores
+    assert to_save(90, 100, flat, 1, 10) == 10
+    assert to_save(90, 100, flat, 9, 10) == 90
+    assert to_save(-1, 100, flat, 5, 10) == 0
+    assert to_save(90, 100, flat, 1, 1) == 0
+    for schedule in SCHEDULES:
         left, parts = 1000.0, []
         for epoch in range(1, 31):
-            parts.append(to_save(left, 100, schedule, epoch, 31))
+            parts.append(to_save(left, 100, named(schedule), epoch, 31))
             left -= parts[-1]
         assert left == pytest.approx(0, abs=1e-9)
-        mean = 1000 / 30
-        shape = [mean * (1 + PODS_SWING * wave(schedule, e, 31)) for e in range(1, 31)]
+        shape = [100 * SCHEDULES[schedule](1 / 3, e, 31) for e in range(1, 31)]
         assert parts == pytest.approx(shape, rel=1e-9)
 
 
@@ -174,7 +221,7 @@ def simulate(infobatch: InfoBatch, batch_size: int | None = None, flat: int = 0)
     return plans
 
 
-def aiming(target: float, n: int = 1000, epochs: int = 12, **kwargs) -> InfoBatch:
+def aiming(target: float | None, n: int = 1000, epochs: int = 12, **kwargs) -> InfoBatch:
     # Of twelve epochs eleven prune.
     return InfoBatch(n, epochs, device="cpu", target_saving=target, **{"delta": 0.92, **kwargs})
 
@@ -184,7 +231,7 @@ def saved(plans: list[Plan]) -> int:
 
 
 @pytest.mark.parametrize("n", [127, 1000, 1003])
-@pytest.mark.parametrize("schedule", RATIO_SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     ("policy", "target"),
     [("soft", 0.3), ("hard", 0.4), ("repb", 0.2), ("random", 0.333), ("ucb", 0.5), ("seta", 0.1)],

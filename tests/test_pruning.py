@@ -15,6 +15,7 @@ PRUNINGS = {
     "soft-r0.5-d0.5-bls-pods": Pruning(delta=0.5, score="bls", ratio_schedule="pods"),
     "random-r0.5-noanneal": Pruning("random", delta=1.0),
     "mine.easy-r0.1": Pruning("mine:easy", 0.1),
+    "hard-r0.1-mine.late": Pruning("hard", 0.1, ratio_schedule="mine:late"),
 }
 LABELS = {
     "full": "full data",
@@ -24,6 +25,7 @@ LABELS = {
     "soft-r0.5-d0.5-bls-pods": "InfoBatch r=0.5 delta=0.5, score bls, r by pods",
     "random-r0.5-noanneal": "random r=0.5 + rescale",
     "mine.easy-r0.1": "mine:easy r=0.1 + rescale + anneal",
+    "hard-r0.1-mine.late": "hard r=0.1 + anneal, r by mine:late",
 }
 
 
@@ -34,7 +36,7 @@ def test_names_flags_and_records(slug: str) -> None:
     assert Pruning.of({**pruning.settings(), "epochs": 3}) == pruning
     assert pruning.method.method == pruning.method
     assert pruning.method.label == pruning.label
-    if ":" not in pruning.policy:
+    if ":" not in pruning.label:
         settings = config.parse(["--preset", "quick", *pruning.flags], cuda=False)
         assert Pruning.of(settings.recorded()).method == pruning.method
 

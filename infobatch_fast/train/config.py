@@ -11,7 +11,7 @@ import tyro
 
 from infobatch_fast.budget import spend
 from infobatch_fast.errors import UserError, unknown_name
-from infobatch_fast.policies import find
+from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.pruning import Pruning
 from infobatch_fast.train import cli, records
 
@@ -145,10 +145,6 @@ class Config:
     seeds: int | None = None
 
     def __post_init__(self) -> None:
-        try:
-            find(self.pruning.policy)
-        except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from None
         for name, value, known in (
             ("model", self.model, [*MODELS, "timm:NAME"]),
             ("dataset", self.dataset or DATASETS[0], DATASETS),
@@ -180,6 +176,10 @@ class Config:
         ):
             if not fits:
                 raise UserError(f"{name} must be {rule}, got {getattr(self, name)}")
+        try:
+            InfoBatch(1, self.epochs, device="cpu", **self.pruning.settings())
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from None
         target = self.pruning.target_saving
         if target is not None and self.pruning.full_data:
             prunes = "policy" if self.pruning.policy == "none" else "delta"

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from infobatch_fast.budget import scheduled_ratio
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
+from infobatch_fast.policies import find_schedule
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.records import EpochLine, Summary
 
@@ -95,8 +97,10 @@ def pruning_line(settings: Config) -> str:
     if of.target_saving is not None:
         line += f"to save {of.target_saving:.1%} of all samples"
     else:
+        schedule, first_full = find_schedule(of.ratio_schedule), of.first_full_epoch(epochs)
+        ratios = [scheduled_ratio(of.ratio, schedule, e, first_full) for e in range(1, first_full)]
         line += f"r {of.ratio:g} in {pruning} of {epochs} epochs saves at most "
-        line += f"{of.ratio * pruning / epochs:.1%} x share of the "
+        line += f"{sum(ratios) / epochs:.1%} x share of the "
         line += PRUNABLE.get(of.policy, "samples seen")
         if pruning == 0:
             line += "\nWARNING: no epoch prunes: the first has no scores yet; take more --epochs"

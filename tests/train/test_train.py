@@ -336,13 +336,18 @@ def slowest(view):
     return POLICIES["random"].choose(view)
 
 
+def growing(ratio: float, epoch: int, first_full_epoch: int) -> float:
+    """A schedule of the user's own."""
+    return ratio * epoch / first_full_epoch
+
+
 @pytest.mark.parametrize(
     "words",
     [
         "--policy repb --score bls --target-saving 0.1",
         "--policy ucb --ratio-schedule pods --epochs 6",
         "--policy soft --target-saving 0.2 --whole-batches",
-        f"--policy {__name__}:slowest --epochs 3",
+        f"--policy {__name__}:slowest --ratio-schedule {__name__}:growing --epochs 3",
     ],
 )
 def test_records_are_of_the_plans_and_a_resumed_run_is_the_same(
@@ -648,13 +653,18 @@ def test_resume_before_the_first_checkpoint_starts_over(finished: Path, tmp_path
         ("bad = lambda view: view.seen", "policy mine:bad failed: TypeError: policy mine:bad must"),
         ("bad = lambda view: 1 / 0", "policy mine:bad failed: ZeroDivisionError: division by zero"),
         ("bad = 3", "policy mine:bad must be a function of a View, got 3"),
+        (
+            "bad = lambda *_: 1.5",
+            "ratio_schedule mine:bad must give ratios below 1, got 1.5",
+        ),
     ],
 )
-def test_a_mistake_in_a_policy_of_ones_own(tmp_path, capsys, monkeypatch, body, said) -> None:
+def test_a_mistake_in_what_is_ones_own(tmp_path, capsys, monkeypatch, body, said) -> None:
     (tmp_path / "mine.py").write_text(body)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    assert said in fails(capsys, *TINY, "--policy", "mine:bad", "--out", "run")
+    flag = "--" + said.split()[0].replace("_", "-")
+    assert said in fails(capsys, *TINY, flag, "mine:bad", "--out", "run")
     assert not Path("run").exists()
 
 
