@@ -39,11 +39,12 @@ def compare(asked: Config, settings: Config, say: Say) -> None:
         got = of.label if of.full_data else f"epochs {settings.epochs}"
         raise UserError(f"compare must be of a run whose epochs leave out samples, got {got}")
     place = [] if settings.data_dir is None else ["--data-dir", str(settings.data_dir)]
+    counted = f"{settings.seeds} seed" + "s" * (settings.seeds > 1)
     try:
         plan = _plan(asked, settings, out)
         say(
-            f"compare    {of.label}, full data, and full data for as many samples, with "
-            f"{asked.num_seeds} seeds: {len(plan)} runs in {out}"
+            f"compare    {of.label}; full data; full data for fewer epochs on as many samples; "
+            f"{counted} each: {len(plan)} runs in {out}"
         )
         say(f"estimate   {estimate(plan)}")
         failed = train(lambda: _plan(asked, settings, out), out, place, say)
@@ -68,7 +69,7 @@ def _plan(asked: Config, settings: Config, out: Path) -> Sequence[Planned]:
     extra = config.words(settings, cuda, without=apart)
     dataset = (settings.dataset or config.DATASETS[0]).replace(":", ".")
     plan = Plan(out, [dataset, settings.preset], extra, words)
-    for seed in range(settings.seed, settings.seed + asked.num_seeds):
+    for seed in range(settings.seed, settings.seed + settings.seeds):
         pruned = plan.add(settings.pruning, seed, settings.epochs)
         plan.add(FULL, seed, asked.epochs)
         plan.add_shorter(pruned)

@@ -100,7 +100,7 @@ class Config:
         compare: train this run, full data, and full data for fewer epochs on as many samples, with
             several seeds, and tell what pruning was worth; --out is the folder of all, default
             runs/compare. The same command goes on after a kill, and trains no run twice.
-        seeds: of --compare, counted from --seed; default 3.
+        seeds: of --compare, counted from --seed.
     """
 
     preset: Literal["paper", "quick", "imagenet"] = "paper"
@@ -142,7 +142,7 @@ class Config:
     resume: Annotated[Path | None, _FOLDER] = None
     evaluate: Annotated[Path | None, _FOLDER] = None
     compare: bool = False
-    seeds: int | None = None
+    seeds: int = 3  # two tell no more than the sign
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -169,8 +169,7 @@ class Config:
             ("workers", "at least 0", self.workers >= 0),
             ("max_bad_files", "at least 0", self.max_bad_files >= 0),
             ("label_noise", "in [0, 1)", 0 <= self.label_noise < 1),
-            ("seeds", "at least 1", self.seeds is None or self.seeds >= 1),
-            ("seeds", "given with --compare alone", self.seeds is None or self.compare),
+            ("seeds", "at least 1", self.seeds >= 1),
             ("synthetic_classes", "at least 2", classes >= 2),
             ("synthetic_samples", few, classes <= samples <= 2**40),
         ):
@@ -191,11 +190,6 @@ class Config:
     def flat(self) -> dict[str, Any]:
         """The settings by the names of their flags."""
         return {name: getattr(self, name) for name in _NAMES} | self.pruning.settings()
-
-    @property
-    def num_seeds(self) -> int:
-        """Of --compare: two tell no more than the sign, three how large the noise is."""
-        return 3 if self.seeds is None else self.seeds
 
     def recorded(self) -> dict[str, Any]:
         """The settings without places and actions, as JSON types."""
@@ -323,4 +317,7 @@ def _command_line(arguments: Sequence[str], default: Config) -> Config:
                 f"{first.replace('-', '_')} must be given without {name}, "
                 f"got {given[first]} and {value}"
             )
-    return cli.parse(Config, arguments, "python -m infobatch_fast.train", default)
+    parsed = cli.parse(Config, arguments, "python -m infobatch_fast.train", default)
+    if not parsed.compare and (seeds := peek(arguments, "seeds")) is not None:
+        raise UserError(f"seeds must be given with --compare alone, got {seeds}")
+    return parsed
