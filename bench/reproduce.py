@@ -34,8 +34,17 @@ from infobatch_fast.errors import UserError, reason
 from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.report.text import markdown
 from infobatch_fast.train import queue
-from infobatch_fast.train.cli import Say, command, parse
-from infobatch_fast.train.queue import Plan, Planned, estimate, look, report, run_child, train
+from infobatch_fast.train.cli import Say, command, complain, parse
+from infobatch_fast.train.queue import (
+    Failed,
+    Plan,
+    Planned,
+    estimate,
+    look,
+    report,
+    run_child,
+    train,
+)
 
 TABLES = ("accuracy", "cost", "ablation", "policies", "budget")
 BUDGETS = (0.75, 0.625, 0.5)
@@ -213,8 +222,8 @@ def timed_pace(options: Options, say: Say) -> float | None:
     return seconds * options.scale / fraction + summary.evaluation_seconds / 2
 
 
-def run(arguments: Sequence[str], say: Say) -> int:
-    """Plan, train what is left, and report; returns the exit code."""
+def run(arguments: Sequence[str], say: Say) -> None:
+    """Plan, train what is left, and report."""
     words, extra = list(arguments), []
     if "--" in words:
         words, extra = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -230,25 +239,23 @@ def run(arguments: Sequence[str], say: Say) -> int:
                 how = [*planned.words, "--out", str(options.out / planned.name), *options.place]
                 say(shlex.join(["python", *queue.TRAIN[1:], *how]))
         say(f"estimate   {estimate(plan, lambda: timed_pace(options, say))}")
-        return 0
+        return
     say(f"estimate   {estimate(plan)}")
     failed = train(lambda: make_plan(options), options.out, options.place, say)
     words = [str(options.out), "--out", str(options.out / "report")]
-    return 0 if report(make_plan(options), failed, words, say) else 1
+    report(make_plan(options), failed, words, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    codes: list[int] = []
-
-    def body(_: object, say: Say) -> None:
-        try:
-            codes.append(run(words, say))
-        except OSError as error:
-            raise UserError(reason(error)) from None
-
-    return command(body, "pass a lower --batch-size to the trainer, after --") or codes[0]
+    try:
+        hint = "pass a lower --batch-size to the trainer, after --"
+        return command(lambda _, say: run(words, say), hint)
+    except Failed as error:
+        return complain(f"error: {error}", 1)
+    except OSError as error:
+        return complain(f"error: {reason(error)}", 2)
 
 
 if __name__ == "__main__":

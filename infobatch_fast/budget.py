@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,22 +112,17 @@ class Schedule:
     name: str
     function: Callable[[float, int, int], float]
 
-    def __call__(self, ratio: float, epoch: int, first_full_epoch: int) -> float:
-        """The epoch's ratio; ValueError, which names the schedule, where there is none."""
+    def __call__(self, ratio: float, epoch: int, first: int, below: float = math.inf) -> float:
+        """The epoch's ratio, in [0, below); ValueError, which names the schedule, for another."""
         try:
-            given = float(self.function(ratio, epoch, first_full_epoch))
+            given = float(self.function(ratio, epoch, first))
         except Exception as error:  # whatever the user's function raises
-            what = f"{type(error).__name__}: {reason(error)}"
-            raise ValueError(f"ratio_schedule {self.name} failed: {what}") from error
-        if not 0 <= given < math.inf:
-            self.refuse("at least 0 and finite", given, epoch)
+            what = f"failed: {type(error).__name__}: {reason(error)}"
+            raise ValueError(f"ratio_schedule {self.name} {what}") from error
+        if not 0 <= given < below:
+            rule = f"must give ratios in [0, {below:g}), got {given:g} in epoch {epoch}"
+            raise ValueError(f"ratio_schedule {self.name} {rule}")
         return given
-
-    def refuse(self, rule: str, given: float, epoch: int) -> NoReturn:
-        """Raise ValueError for what it gave."""
-        raise ValueError(
-            f"ratio_schedule {self.name} must give ratios {rule}, got {given:g} in epoch {epoch}"
-        )
 
 
 def constant(ratio: float, epoch: int, first_full_epoch: int) -> float:
@@ -151,11 +146,8 @@ SCHEDULES = {"constant": constant, "pods": pods}
 
 
 def scheduled_ratio(ratio: float, schedule: Schedule, epoch: int, first_full_epoch: int) -> float:
-    """The ratio of an epoch; ValueError where it is not below 1."""
-    given = ratio if epoch == 0 else schedule(ratio, epoch, first_full_epoch)
-    if given >= 1:
-        schedule.refuse("below 1", given, epoch)
-    return given
+    """The ratio of an epoch, below 1."""
+    return ratio if epoch == 0 else schedule(ratio, epoch, first_full_epoch, below=1.0)
 
 
 def to_save(

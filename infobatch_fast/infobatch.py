@@ -93,9 +93,8 @@ class InfoBatch:
     ) -> None:
         check_count("num_samples", num_samples)
         check_count("num_epochs", num_epochs)
-        self._schedule = find_schedule(ratio_schedule)
-        name = self._schedule.name
-        self.pruning = Pruning(policy, ratio, delta, rescale, anneal, score, name, target_saving)
+        self._schedule = by = find_schedule(ratio_schedule)
+        self.pruning = Pruning(policy, ratio, delta, rescale, anneal, score, by.name, target_saving)
         self.num_samples, self.num_epochs, self.seed = (
             int(num_samples),
             int(num_epochs),

@@ -27,13 +27,14 @@ from infobatch_fast.telemetry.syncs import HostSync
 from infobatch_fast.train import config, console, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupts, Say, command, complain
-from infobatch_fast.train.compare import Failed, compare
+from infobatch_fast.train.compare import compare
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.ledger import Diverged
 from infobatch_fast.train.loop import available_cores, evaluate, find_device, train
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.own import own_dataset
+from infobatch_fast.train.queue import Failed
 
 OUT_OF_MEMORY = (
     "lower --batch-size, --synthetic-samples or --synthetic-classes, "

@@ -59,6 +59,10 @@ class Planned:
     tables: list[str] = field(default_factory=list)
 
 
+class Failed(Exception):
+    """Runs failed, the others are done."""
+
+
 class Plan:
     """The runs in their order, each once.
 
@@ -86,10 +90,8 @@ class Plan:
 
     def add_shorter(self, pruned: Planned, table: str = "") -> Planned:
         """Plan full data for as many epochs as see the samples that the pruned run saw."""
-        epochs = None
-        if pruned.summary is not None:
-            of = pruned.summary
-            epochs = max(1, round(of.epochs * (1 - of.saved_share)))
+        of = pruned.summary
+        epochs = None if of is None else max(1, round(of.epochs * (1 - of.saved_share)))
         return self._add(FULL, pruned.seed, epochs, epochs or pruned.passes, table)
 
     def _add(
@@ -198,11 +200,11 @@ def train(
 
 def report(
     plan: Sequence[Planned], failed: Mapping[str, str], words: Sequence[str], say: Say
-) -> bool:
-    """Report, and tell what is not done; returns whether all is.
+) -> None:
+    """Report, by the report's words, and tell what is not done.
 
-    Args:
-        words: the report's.
+    Raises:
+        Failed: a run is not done, or the report failed.
     """
     code = 0
     if any(planned.about for planned in plan):
@@ -210,7 +212,10 @@ def report(
     left = [planned.name for planned in plan if planned.summary is None]
     for name in left:
         say(f"not done   {name}: {failed.get(name, 'it follows a run that is not done')}")
-    return not left and code == 0
+    if left:
+        raise Failed(f"{len(left)} of {len(plan)} runs are not done; the same command tries again")
+    if code:
+        raise Failed("the report could not be made")
 
 
 def run_child(words: Sequence[str], log: Path, show: Callable[[str], None]) -> tuple[int, str]:

@@ -95,7 +95,9 @@ def test_what_was_trained_before_is_found_by_what_it_trains_on(tmp_path: Path, t
         (["--eval-every", "2"], 3),
         (["--policy", "hard"], 4),  # its rivals are there
         (["--max-lr", "0.1"], 7),
-        (["--no-whole-batches"], 7),  # as the preset has it
+        (["--no-whole-batches", "--data-dir", "there"], 7),  # as the preset has it
+        (["--dataset", "folder", "--data-dir", "there"], 10),
+        (["--dataset", "folder", "--data-dir", "there/too"], 13),
     ):
         assert main([*call, *more]) == 0
         assert len(trained) == runs, more
@@ -105,7 +107,7 @@ def test_a_run_that_fails_is_named(tmp_path: Path, capsys, trained, reports) -> 
     call = [*CALL, "--seeds", "1", "--label-noise", "0.1", "--out", str(tmp_path)]
     assert main(call) == 1
     said = capsys.readouterr()
-    assert said.err == "error: not all of 3 runs are done; the same command tries them again\n"
+    assert said.err == "error: 2 of 3 runs are not done; the same command tries again\n"
     assert [line.split()[0] for line in said.out.splitlines() if "it broke" in line] == (
         ["[2/3]", "[3/3]", "not", "not"]
     )

@@ -655,7 +655,7 @@ def test_resume_before_the_first_checkpoint_starts_over(finished: Path, tmp_path
         ("bad = 3", "policy mine:bad must be a function of a View, got 3"),
         (
             "bad = lambda *_: 1.5",
-            "ratio_schedule mine:bad must give ratios below 1, got 1.5",
+            "ratio_schedule mine:bad must give ratios in [0, 1), got",
         ),
     ],
 )
