@@ -35,16 +35,6 @@ from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.report.text import markdown
 from infobatch_fast.train import queue
 from infobatch_fast.train.cli import Say, command, complain, parse
-from infobatch_fast.train.queue import (
-    Failed,
-    Plan,
-    Planned,
-    estimate,
-    look,
-    report,
-    run_child,
-    train,
-)
 
 TABLES = ("accuracy", "cost", "ablation", "policies", "budget")
 BUDGETS = (0.75, 0.625, 0.5)
@@ -135,11 +125,11 @@ def settle(options: Options, extra: Sequence[str]) -> Options:
     return replace(options, preset=preset, epochs=epochs, out=out, extra=tuple(extra))
 
 
-def make_plan(options: Options) -> list[Planned]:
+def make_plan(options: Options) -> list[queue.Planned]:
     """The runs of the tables, seed by seed, each once; training shorter as far as it is known."""
     scale, whole = options.scale, options.epochs or 0
     parts = [options.dataset, options.preset, *([f"scale{scale:g}"] if scale < 1 else [])]
-    plan = Plan(options.out, parts, options.extra, partial(options.words, fraction=scale))
+    plan = queue.Plan(options.out, parts, options.extra, partial(options.words, fraction=scale))
     for seed in options.seeds:
         for table in TABLES if options.table == "all" else [options.table]:
             if table == "budget":
@@ -195,7 +185,7 @@ def budget_runs(epochs: int) -> Iterator[tuple[Pruning, int]]:
                 yield Pruning(policy, target_saving=saving), spending.epochs  # pyright: ignore
 
 
-def plan_lines(plan: Sequence[Planned]) -> Iterator[str]:
+def plan_lines(plan: Sequence[queue.Planned]) -> Iterator[str]:
     """The plan as a table."""
     rows = []
     for number, p in enumerate(plan, 1):
@@ -213,8 +203,8 @@ def timed_pace(options: Options, say: Say) -> float | None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "run")
         how = [*options.words(FULL, 0, 2, fraction), "--out", str(folder), *options.place]
-        _, why = run_child([*queue.TRAIN, *how], Path(place, "log"), lambda line: None)
-        _, _, summary = look(folder)
+        _, why = queue.run_child([*queue.TRAIN, *how], Path(place, "log"), lambda line: None)
+        _, _, summary = queue.look(folder)
     if summary is None:
         say(f"timing     failed: {why}")
         return None
@@ -238,12 +228,12 @@ def run(arguments: Sequence[str], say: Say) -> None:
             if planned.words and not planned.summary:
                 how = [*planned.words, "--out", str(options.out / planned.name), *options.place]
                 say(shlex.join(["python", *queue.TRAIN[1:], *how]))
-        say(f"estimate   {estimate(plan, lambda: timed_pace(options, say))}")
+        say(f"estimate   {queue.estimate(plan, lambda: timed_pace(options, say))}")
         return
-    say(f"estimate   {estimate(plan)}")
-    failed = train(lambda: make_plan(options), options.out, options.place, say)
+    say(f"estimate   {queue.estimate(plan)}")
+    failed = queue.train(lambda: make_plan(options), options.out, options.place, say)
     words = [str(options.out), "--out", str(options.out / "report")]
-    report(make_plan(options), failed, words, say)
+    queue.report(make_plan(options), failed, words, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         hint = "pass a lower --batch-size to the trainer, after --"
         return command(lambda _, say: run(words, say), hint)
-    except Failed as error:
+    except queue.Failed as error:
         return complain(f"error: {error}", 1)
     except OSError as error:
         return complain(f"error: {reason(error)}", 2)

@@ -84,19 +84,17 @@ class Plan:
         self._out, self._parts, self._words = out, parts, words
         self._extra = re.findall(r"[\w.]+", " ".join(extra))
 
-    def add(self, pruning: Pruning, seed: int, epochs: int, table: str = "") -> Planned:
-        """Plan a run."""
-        return self._add(pruning, seed, epochs, passes_of(pruning, epochs), table)
-
     def add_shorter(self, pruned: Planned, table: str = "") -> Planned:
         """Plan full data for as many epochs as see the samples that the pruned run saw."""
         of = pruned.summary
         epochs = None if of is None else max(1, round(of.epochs * (1 - of.saved_share)))
-        return self._add(FULL, pruned.seed, epochs, epochs or pruned.passes, table)
+        return self.add(FULL, pruned.seed, epochs, table, pruned.passes)
 
-    def _add(
-        self, pruning: Pruning, seed: int, epochs: int | None, passes: float, table: str
+    def add(
+        self, pruning: Pruning, seed: int, epochs: int | None, table: str = "", passes: float = 0
     ) -> Planned:
+        """Plan a run; where its epochs are not known yet, of about so many passes."""
+        passes = passes_of(pruning, epochs) if epochs else passes
         name = "-".join([*self._parts, f"e{epochs or 'X'}", *self._extra, pruning.slug, f"s{seed}"])
         if name not in self.runs:
             words = self._words(pruning, seed, epochs) if epochs else []
