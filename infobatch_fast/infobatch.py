@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from infobatch_fast.budget import MOST_WEIGHTED, Budget, scheduled_ratio, to_save
+from infobatch_fast.budget import MOST_WEIGHTED, SCHEDULES, Budget, scheduled_ratio, to_save
 from infobatch_fast.errors import reason
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
@@ -104,8 +104,9 @@ class InfoBatch:
         self._tail = Pruning(delta=delta).first_full_epoch(self.num_epochs)  # though not annealed
         self._policy = find(policy)
         self._past = self._after = _Past({}, None, 0)
-        for epoch in range(self.num_epochs if target_saving is None else 2):
-            self._budget(epoch)  # a schedule that gives no ratio is refused now
+        if by.name not in SCHEDULES:
+            for epoch in range(self.num_epochs if target_saving is None else 2):
+                self._budget(epoch)  # a schedule that gives no ratio is refused now
         if device is None:
             device = _default_device()
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)

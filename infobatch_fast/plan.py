@@ -5,7 +5,7 @@ Dimensions: N samples, n prunable, K kept in all, B batch, T loss terms a sample
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,18 @@ class Batch(NamedTuple):
     indices: Tensor
     weights: Tensor
 
+    def __reduce__(self) -> Any:
+        if self.indices.is_cuda:
+            return Batch, (*self,)
+        # By value: in a DataLoader's worker a tensor becomes a file of shared memory.
+        return _of_arrays, (self.indices.numpy(), self.weights.numpy())
+
     def __repr__(self) -> str:
         return f"Batch(of {self.indices.numel()} samples, on {self.indices.device})"
+
+
+def _of_arrays(*arrays: Any) -> Batch:
+    return Batch(*map(torch.from_numpy, arrays))
 
 
 @dataclass(frozen=True)

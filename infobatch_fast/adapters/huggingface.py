@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +214,6 @@ class _Saver(TrainerCallback):
 class _Flat(Collate):
     """The user's batch with two more tensors: the Trainer rebuilds containers of other kinds."""
 
-    def __call__(self, picked: Sequence[Picked]) -> Any:
+    def __call__(self, picked: Picked) -> Any:
         data, batch = super().__call__(picked)
         return data | {INDICES: batch.indices, WEIGHTS: batch.weights}

@@ -194,7 +194,7 @@ class Sampler(sampler.Sampler):
             weakref.finalize(asking, self._let_go, picks).atexit = False
         self.updated = 0
         self._least, self._late, self._ahead = len(picks.plan), None, 0
-        return (pick.number for pick in picks)
+        return (number for number, _ in picks)
 
     def __len__(self) -> int:
         self._look_up()

@@ -1,6 +1,6 @@
 """A torch DataLoader of any map-style data set, whose batches carry their indices and weights.
 
-The sampler yields a `Pick`, index and weight; the outermost data set unpacks it; the collate gives
+The sampler yields picks, (index, weight); the outermost data set unpacks them; the collate gives
 `(the user's batch, Batch)`. Workers hold no state, so that no look-ahead, sharding or reordering
 can mispair a sample and its weight.
 """
@@ -20,24 +20,21 @@ from infobatch_fast.ranks import Share, gathered, summed
 CHUNK = 65_536  # picks brought to the host at once: the whole list of 1e9 would not fit
 
 
-class Pick(NamedTuple):
-    """What a sampler yields in the place of an index: a sample's number and its loss weight."""
-
-    number: int
-    weight: float
+Pick = tuple[int, float]
 
 
 class Picked(NamedTuple):
-    """A sample of the user's with the pick that it was fetched by."""
+    """A batch of the user's samples with the picks that they were fetched by."""
 
-    sample: Any
-    pick: Pick
+    samples: Sequence[Any]
+    picks: Sequence[Pick]
 
 
 class PickedDataset(Dataset):
-    """The outermost data set: takes a `Pick`, fetches by its index, and hands both on.
+    """The outermost data set: takes picks, fetches by their indices, and hands both on.
 
-    Everything else is the wrapped data set's own (`dataset.classes`, ...).
+    It is asked for a whole batch at once, and asks the wrapped one so if that can (as Arrow tables
+    do). Everything else is the wrapped data set's own (`dataset.classes`, ...).
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -47,25 +44,25 @@ class PickedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, pick: Pick) -> Picked:
-        if not isinstance(pick, Pick):
+        return self.__getitems__([pick])
+
+    def __getitems__(self, picks: Sequence[Pick]) -> Picked:
+        if not isinstance(picks[0], tuple):
             raise TypeError(
-                f"a pick of infobatch.sampler() must come to the wrapped data set, got {pick!r}: "
+                f"a pick of infobatch.sampler() must come to the wrapped data set, got {picks[0]}: "
                 "wrap it last, and give the DataLoader that sampler"
             )
-        return Picked(self.dataset[pick.number], pick)
+        dataset, numbers = self.dataset, [number for number, _ in picks]
+        if hasattr(dataset, "__getitems__"):
+            samples = dataset.__getitems__(numbers)
+        else:
+            samples = [dataset[number] for number in numbers]
+        return Picked(samples, picks)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "dataset":  # while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self.dataset, name)
-
-
-class PickedItems(PickedDataset):
-    """The same of a data set that fetches many at once (`__getitems__`), as Arrow tables do."""
-
-    def __getitems__(self, picks: Sequence[Pick]) -> list[Picked]:
-        samples = self.dataset.__getitems__([pick.number for pick in picks])
-        return [Picked(sample, pick) for sample, pick in zip(samples, picks, strict=True)]
 
 
 class Collate:
@@ -74,13 +71,13 @@ class Collate:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, picked: Sequence[Picked]) -> tuple[Any, Batch]:
+    def __call__(self, picked: Picked) -> tuple[Any, Batch]:
         """The user's batch, and what `InfoBatch.update` must know of it."""
+        numbers, weights = zip(*picked.picks, strict=True)
         batch = Batch(
-            torch.tensor([each.pick.number for each in picked], dtype=torch.int64),
-            torch.tensor([each.pick.weight for each in picked], dtype=torch.float32),
+            torch.tensor(numbers, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32)
         )
-        return self.collate([each.sample for each in picked]), batch
+        return self.collate(list(picked.samples)), batch
 
 
 class Sampler(DistributedSampler):
@@ -222,8 +219,8 @@ class _Picks(Iterator[Pick]):
             self._ends = min(self.given + CHUNK, len(self.part))
             batch = self.part.batch(self.given, self._ends)
             # The host needs the indices to fetch by: it waits for them, once a chunk.
-            pairs = zip(batch.indices.tolist(), batch.weights.tolist(), strict=True)
-            self._chunk = [Pick(*pair) for pair in pairs][::-1]
+            picks = zip(batch.indices.tolist(), batch.weights.tolist(), strict=True)
+            self._chunk = [*picks][::-1]
         self.given += 1
         return self._chunk.pop()
 
@@ -265,7 +262,7 @@ def wrap(infobatch: InfoBatch, dataset: Any) -> PickedDataset:
             f"dataset must have the {infobatch.num_samples} samples of the InfoBatch, "
             f"got {len(dataset)}"
         )
-    return (PickedItems if hasattr(dataset, "__getitems__") else PickedDataset)(dataset)
+    return PickedDataset(dataset)
 
 
 def loader(
