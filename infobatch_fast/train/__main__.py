@@ -205,7 +205,7 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
         path = path / records.CHECKPOINT
     state = record.load_tensors(path)
     if isinstance(state.get("step"), dict):
-        weights = state["step"].get("model", {})
+        weights = state["step"].get("average") or state["step"].get("model", {})
         settings = config.of_run(arguments, config.from_record(state["config"]), "evaluate")
     elif (path.parent / records.CONFIG).exists():
         weights, settings = state, config.of_run(arguments, _recorded(path.parent), "evaluate")

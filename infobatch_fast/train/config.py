@@ -57,6 +57,11 @@ class Config:
         max_lr: peak of the one-cycle learning rate.
         weight_decay: L2 coefficient.
         label_smoothing: in [0, 1).
+        mixup: blend images and losses with those of another sample, in shares drawn from
+            Beta(mixup, mixup); 0 does not. A sample's score is the loss of its own label, in an
+            image of which it is the larger part.
+        ema: decay of an exponential mean of the weights, which then is what is evaluated and kept
+            in model.pt; 0 has none.
         amp: autocast; fp16 with loss scaling.
         whole_batches: in pruned epochs keep the count nearest to the exact one that leaves no
             partial batch; a GPU tunes and compiles its kernels anew for each size of one. Several
@@ -90,7 +95,7 @@ class Config:
         host_syncs: count the host syncs of each epoch, or forbid those within it and stop at the
             first; on a CPU the reads that would be one on a GPU, and slower. Those of start-up,
             which compiles and tunes, are not counted.
-        log: tensorboard has the epochs' figures in the run's folder.
+        log: tensorboard has the epochs' figures in the run's folder, wandb where it is told to.
         checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
         out: the run's folder, new or empty; default runs/<name>.
         resume: run folder to continue; only --data-dir, --loader, --workers, --cache,
@@ -113,6 +118,8 @@ class Config:
     max_lr: float = 5.2
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
+    mixup: float = 0.0
+    ema: float = 0.0
     amp: Literal["bf16", "fp16", "off"] = "bf16"
     whole_batches: bool = True
     sync_batch_norm: bool = False
@@ -137,7 +144,7 @@ class Config:
     checkpoint_every: int = 0
     telemetry: bool = True
     host_syncs: Literal["off", "count", "forbid"] = "off"
-    log: Literal["off", "tensorboard"] = "off"
+    log: Literal["off", "tensorboard", "wandb"] = "off"
     out: Annotated[Path | None, _FOLDER] = None
     resume: Annotated[Path | None, _FOLDER] = None
     evaluate: Annotated[Path | None, _FOLDER] = None
@@ -162,6 +169,8 @@ class Config:
             ("max_lr", "positive and finite", 0 < self.max_lr < math.inf),
             ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
             ("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1),
+            ("mixup", "at least 0 and finite", 0 <= self.mixup < math.inf),
+            ("ema", "in [0, 1)", 0 <= self.ema < 1),
             ("data_fraction", "in (0, 1]", 0 < self.data_fraction <= 1),
             ("validation", "at least 0", self.validation >= 0),
             ("train_size", "at least 1", self.train_size >= 1),

@@ -75,7 +75,9 @@ def header(
         f"recipe     {settings.epochs} epoch{'s' * (settings.epochs > 1)}, batch "
         f"{settings.batch_size}, {settings.optimizer}, one-cycle to lr {settings.max_lr:g}, weight "
         f"decay {settings.weight_decay:g}, label smoothing {settings.label_smoothing:g}, "
-        f"seed {settings.seed}",
+        + f"mixup {settings.mixup:g}, " * (settings.mixup > 0)
+        + f"mean of weights {settings.ema:g}, " * (settings.ema > 0)
+        + f"seed {settings.seed}",
         pruning_line(settings),
         *([target_line(infobatch)] if target else []),
     ]

@@ -221,7 +221,7 @@ class Ledger:
         """Write what a finished run leaves: arrays of the samples, weights and summary."""
         if self.ranks.first:
             self.samples.write(self.path, data, self.infobatch.scores)
-            state = self.step.model.state_dict()
+            state = self.step.result.state_dict()
             weights = {name: value.cpu().contiguous() for name, value in state.items()}
             folder.save(self.path / records.WEIGHTS, weights)
         summary = self._summary(data, forms)

@@ -1,4 +1,4 @@
-"""The epochs' figures in TensorBoard."""
+"""The epochs' figures in TensorBoard or Weights & Biases."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,19 +10,38 @@ from infobatch_fast.train.records import EpochLine
 
 
 def make_log(settings: Config, folder: Path | None) -> Callable[[EpochLine], None]:
-    """What takes each epoch's line: nothing, or a TensorBoard log in the run's folder, if any."""
+    """What takes each epoch's line: nothing, or a log in the run's folder, if any."""
     if settings.log == "off" or folder is None:
         return lambda line: None
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        write = (_tensorboard if settings.log == "tensorboard" else _wandb)(settings, folder)
     except ImportError:
-        raise UserError("log tensorboard needs it: pip install tensorboard") from None
-    writer = SummaryWriter(folder)
+        raise UserError(f"log {settings.log} needs it: pip install {settings.log}") from None
 
     def log(line: EpochLine) -> None:
-        for name, value in asdict(line).items():
-            if isinstance(value, int | float):
-                writer.add_scalar(name, value, line.epoch)
-        writer.flush()
+        numbers = asdict(line).items()
+        write({name: n for name, n in numbers if isinstance(n, int | float)}, line.epoch)
 
     return log
+
+
+def _tensorboard(settings: Config, folder: Path) -> Callable[[dict[str, float], int], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+
+    def write(numbers: dict[str, float], epoch: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, epoch)
+        writer.flush()
+
+    return write
+
+
+def _wandb(settings: Config, folder: Path) -> Callable[[dict[str, float], int], None]:
+    """A run of the folder's name, which a resumption goes on with."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    recorded = settings.recorded()
+    run = wandb.init(dir=folder, name=folder.name, id=folder.name, resume="allow", config=recorded)
+    return lambda numbers, epoch: run.log(numbers, step=epoch)

@@ -30,7 +30,7 @@ from infobatch_fast.train.logs import make_log
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.optim import make_optimizer
 from infobatch_fast.train.records import Summary
-from infobatch_fast.train.schedule import one_cycle
+from infobatch_fast.train.schedule import mixup_share, one_cycle
 from infobatch_fast.train.step import AUTOCAST, TrainStep
 
 
@@ -80,6 +80,8 @@ def train(
         phases=phases,
         say=say,
         ranks=ranks,
+        ema=settings.ema,
+        mixup=settings.mixup > 0,
     )
     batch_size = settings.batch_size // ranks.world
     loader, note = make_loader(
@@ -169,6 +171,10 @@ def train(
                         cost = ledger.starting(labels.numel(), watch) if new else nullcontext()
                         with cost, phases("step"):
                             rate = _schedule(settings, epoch, number, steps)
+                            if settings.mixup:
+                                step.share.fill_(
+                                    mixup_share(settings.mixup, settings.seed, epoch, number)
+                                )
                             advance(images, labels, batch, *rate)
                         signal, every = ranks.stopping(interrupts), settings.checkpoint_every
                         if (every and number % every == 0) or signal:
@@ -188,7 +194,7 @@ def train(
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
                 with ledger.spending("evaluation"), phases("evaluation"):
                     step.spread_buffers()
-                    accuracy = evaluate(model, tests(), settings.amp, interrupts, ranks)
+                    accuracy = evaluate(step.result, tests(), settings.amp, interrupts, ranks)
             (signal,) = ranks.most(interrupts.received or 0)
             if signal:
                 ledger.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do

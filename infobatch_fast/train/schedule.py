@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,12 @@ def one_cycle(progress: float, *, max_lr: float) -> tuple[float, float]:
 
 def _cosine(start: float, end: float, part: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+
+def mixup_share(alpha: float, seed: int, epoch: int, number: int) -> float:
+    """A step's larger share of mixup (arXiv:1710.09412), whose two are Beta(alpha, alpha)."""
+    share = np.random.default_rng((seed, epoch, number)).beta(alpha, alpha)
+    return max(share, 1 - share)
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:

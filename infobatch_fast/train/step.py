@@ -1,10 +1,11 @@
 """One training step: autocast, loss, backward, optimizer, update; the host never waits in it.
 
 A step whose gradients are not all finite changes nothing: no parameter, buffer, optimizer state or
-score. That is decided on the device (`found_inf`, as torch's fused optimizers have it), counted
-there, and read at the epoch's end.
+score; a mean of the weights goes on towards them. That is decided on the device (`found_inf`, as
+torch's fused optimizers have it), counted there, and read at the epoch's end.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from infobatch_fast.errors import reason
 from infobatch_fast.infobatch import Batch, InfoBatch
@@ -52,10 +54,15 @@ class TrainStep:
             options.
         say: told if the model cannot be compiled, which then runs as it is; None raises instead.
         loss_kernel: take the cross-entropy's kernel where there is one; a benchmark compares.
+        ema: decay of an exponential mean of the weights, in [0, 1); 0 keeps none.
+        mixup: blend each image, and its loss, with those of the one before it in the batch.
         ranks: that train together, each on batches of its own; None is this process alone.
 
     Attributes:
         by_kernels: whether the device has our Triton kernels.
+        average: the exponential mean of the model, if there is one.
+        share: () of its own image in a blended one, at least a half: a sample's score is the loss
+            of its own label there.
         forward: the network, compiled or not.
         seen: steps run here, by the shape of their images; a graph's replays are not.
     """
@@ -73,10 +80,16 @@ class TrainStep:
         say: Callable[[str], None] | None = None,
         loss_kernel: bool = True,
         ranks: Ranks | None = None,
+        ema: float = 0.0,
+        mixup: bool = False,
     ) -> None:
         self._say, self.ranks = say, ranks or Ranks()
         self.model, self.optimizer, self.infobatch = model, optimizer, infobatch
         self.label_smoothing, self.phases = label_smoothing, phases
+        self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
+        self._follow: Any = get_ema_multi_avg_fn(ema)
+        self._means = [_floats(each) for each in (self.average, model) if each is not None]
+        self.mixup, self.share = mixup, torch.ones((), device=next(model.parameters()).device)
         self.forward: Any = self.ranks.parallel(model)
         self._plain = self.forward
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -145,6 +158,8 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.buffers.keep_or_restore(self.found_inf)
+        if self.average is not None:
+            self._follow(*self._means, None)
         if self.scaling:
             torch._amp_update_scale_(self.scale, self.growth, self.found_inf, 2.0, 0.5, 2000)
         weight: float | Tensor = labels.numel()
@@ -180,16 +195,20 @@ class TrainStep:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the loss times the scale; the loss () and the losses (B,), detached."""
         plain, scale = self.infobatch is None, self.scale if self.scaling else None
+        if self.mixup:
+            images = torch.lerp(images.roll(1, 0), images, self.share)
+            images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast:
             logits = self.forward(images)
-        if self._kernels is not None and logits.shape[1] <= self._kernels.max_classes:
+        kernels = None if self.mixup else self._kernels
+        if kernels is not None and logits.shape[1] <= kernels.max_classes:
             weights = batch.weights
             if plain:  # made in a first step, which no graph holds: plain steps launch no more
                 if len(labels) not in self._ones:
                     self._ones[len(labels)] = torch.ones_like(weights)
                 weights = self._ones[len(labels)]
             # One launch, or two where classes are many, in the place of a dozen.
-            loss, losses, gradient = self._kernels.cross_entropy_gradient(
+            loss, losses, gradient = kernels.cross_entropy_gradient(
                 logits,
                 labels,
                 weights,
@@ -198,11 +217,13 @@ class TrainStep:
             )
             logits.backward(gradient)
             return loss, losses
-        losses = F.cross_entropy(
-            logits.float(), labels, reduction="none", label_smoothing=self.label_smoothing
-        )
+        how: Any = {"reduction": "none", "label_smoothing": self.label_smoothing}
+        losses = blended = F.cross_entropy(logits.float(), labels, **how)
+        if self.mixup:
+            others = F.cross_entropy(logits.float(), labels.roll(1, 0), **how)
+            blended = torch.lerp(others, losses, self.share)
         with phases("update"):
-            loss = losses.mean() if plain else reference.rescaled_mean(losses, batch.weights)
+            loss = blended.mean() if plain else reference.rescaled_mean(blended, batch.weights)
         (loss if scale is None else loss * scale).backward()
         return loss.detach(), losses.detach()
 
@@ -235,6 +256,7 @@ class TrainStep:
         total, weight, *rest = self.counts.tolist()
         return {
             "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "infobatch": self.infobatch.state_dict() if self.infobatch is not None else None,
             "scale": self.scale,
@@ -245,6 +267,8 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state of `state_dict()`; any error is of another model or shape."""
         self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.infobatch is not None:
             self.infobatch.load_state_dict(state["infobatch"])
@@ -256,8 +280,18 @@ class TrainStep:
 
     def spread_buffers(self) -> None:
         """Give all ranks the first one's buffers, to evaluate the same model."""
-        self.ranks.spread(self.model.buffers())
+        for model in (self.model, self.average):
+            self.ranks.spread(model.buffers() if model is not None else ())
         self.buffers.keep()
+
+    @property
+    def result(self) -> nn.Module:
+        """What is evaluated and kept: the model, or its exponential mean."""
+        return self.model if self.average is None else self.average
+
+
+def _floats(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *(each for each in model.buffers() if each.is_floating_point())]
 
 
 class _Guard:

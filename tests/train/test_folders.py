@@ -1,7 +1,9 @@
 """The trainer on folders of images, and on the user's own parts."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +162,30 @@ def test_own_data_and_an_own_network(tmp_path: Path, capsys) -> None:
     log = EventAccumulator(str(tmp_path / "one")).Reload()
     kept = [event.value for event in log.Scalars("kept")]
     assert kept == [line["kept"] for line in lines_of(tmp_path / "one")]
+
+
+def test_weights_and_biases_have_the_epochs_of_a_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    asked, told = {}, []
+
+    class Logged:
+        @staticmethod
+        def log(numbers: dict[str, float], step: int) -> None:
+            told.append((step, numbers["kept"]))
+
+    def init(**given: Any) -> type[Logged]:
+        asked.update(given)
+        return Logged
+
+    own = ["--model", f"{__name__}:own_network", "--log", "wandb"]
+    out, data = tmp_path / "named", f"{__name__}:own_data"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "log wandb needs it: pip install wandb" in fails(
+        capsys, *TINY, "--dataset", data, "--data-dir", "some", *own, "--out", "without"
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    assert train(Path("some"), *own, "--out", out, dataset=data) == 0
+    assert told == [(line["epoch"], line["kept"]) for line in lines_of(out)]
+    assert (asked["id"], asked["resume"], asked["config"]["log"]) == ("named", "allow", "wandb")
 
 
 def test_networks_of_timm_and_of_torchvision_itself() -> None:

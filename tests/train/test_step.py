@@ -245,3 +245,45 @@ def test_what_is_no_failure_of_the_compiler_is_raised(
     assert type(info.value) is raised
     assert said == []
     assert step.compiled
+
+
+def test_mixup_blends_images_and_losses_and_scores_own_labels() -> None:
+    step = make_step("sgd", mixup=True)
+    model = copy.deepcopy(step.model)
+    images, labels, batch = make_batch(0)
+    step.share.fill_(0.75)
+    step(images, labels, batch, 0.1, 0.9)
+
+    before = [15, *range(15)]  # of each, the sample before it in the batch
+    logits = model(0.75 * images + 0.25 * images[before])
+    own, other = (
+        F.cross_entropy(logits, of, reduction="none", label_smoothing=0.1)
+        for of in (labels, labels[before])
+    )
+    loss = ((0.75 * own + 0.25 * other) * batch.weights).mean()
+    loss.backward()
+    assert step.infobatch is not None
+    torch.testing.assert_close(step.infobatch.scores[batch.indices], own.detach())
+    assert step.read_counts().loss == pytest.approx(loss.item() * 16 / batch.weights.sum().item())
+    for mine, theirs in zip(step.model.parameters(), model.parameters(), strict=True):
+        grad = theirs.grad + 5e-4 * theirs  # pyright: ignore
+        torch.testing.assert_close(mine, theirs - 0.1 * grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_the_weights_follows_them() -> None:
+    step = make_step("sgd", ema=0.9)
+    mean = {name: value.clone() for name, value in step.model.state_dict().items()}
+    for seed in range(3):
+        step(*make_batch(seed), 0.1, 0.9)
+        for name, value in step.model.state_dict().items():
+            mean[name] = 0.9 * mean[name] + 0.1 * value
+    got = step.result.state_dict()
+    assert step.result is step.average
+    for name, value in got.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, mean[name], rtol=1e-4, atol=1e-6)
+    other = make_step("sgd", ema=0.9)
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    for of in (step, other):
+        of(*make_batch(3), 0.1, 0.9)
+    assert_same(list(step.result.state_dict().values()), list(other.result.state_dict().values()))

@@ -347,6 +347,7 @@ def growing(ratio: float, epoch: int, first_full_epoch: int) -> float:
         "--policy repb --score bls --target-saving 0.1",
         "--policy ucb --ratio-schedule pods --epochs 6",
         "--policy soft --target-saving 0.2 --whole-batches",
+        "--mixup 0.4 --ema 0.9",
         f"--policy {__name__}:slowest --ratio-schedule {__name__}:growing --epochs 3",
     ],
 )
