@@ -16,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import seed_worker
 
 from infobatch_fast.adapters.progress import ProgressLR
-from infobatch_fast.adapters.sampler import Collate, Picked
+from infobatch_fast.adapters.sampler import Collate
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch, per_sample
 
@@ -214,6 +214,6 @@ class _Saver(TrainerCallback):
 class _Flat(Collate):
     """The user's batch with two more tensors: the Trainer rebuilds containers of other kinds."""
 
-    def __call__(self, picked: Picked) -> Any:
+    def __call__(self, picked: Any) -> Any:
         data, batch = super().__call__(picked)
         return data | {INDICES: batch.indices, WEIGHTS: batch.weights}

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, default_collate
 
@@ -24,10 +25,11 @@ Pick = tuple[int, float]
 
 
 class Picked(NamedTuple):
-    """A batch of the user's samples with the picks that they were fetched by."""
+    """A batch of the user's samples with the picks that they were fetched by, taken apart."""
 
     samples: Sequence[Any]
-    picks: Sequence[Pick]
+    numbers: Sequence[int]
+    weights: Sequence[float]
 
 
 class PickedDataset(Dataset):
@@ -52,12 +54,13 @@ class PickedDataset(Dataset):
                 f"a pick of infobatch.sampler() must come to the wrapped data set, got {picks[0]}: "
                 "wrap it last, and give the DataLoader that sampler"
             )
-        dataset, numbers = self.dataset, [number for number, _ in picks]
+        dataset = self.dataset
+        numbers, weights = [number for number, _ in picks], [weight for _, weight in picks]
         if hasattr(dataset, "__getitems__"):
             samples = dataset.__getitems__(numbers)
         else:
             samples = [dataset[number] for number in numbers]
-        return Picked(samples, picks)
+        return Picked(samples, numbers, weights)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "dataset":  # while it is copied or unpickled
@@ -71,13 +74,12 @@ class Collate:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, picked: Picked) -> tuple[Any, Batch]:
-        """The user's batch, and what `InfoBatch.update` must know of it."""
-        numbers, weights = zip(*picked.picks, strict=True)
-        batch = Batch(
-            torch.tensor(numbers, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32)
-        )
-        return self.collate(list(picked.samples)), batch
+    def __call__(self, picked: Any) -> tuple[Any, Batch]:
+        """The user's batch of a `Picked`, and what `InfoBatch.update` must know of it."""
+        # By way of numpy, which takes a third of the time.
+        numbers = torch.from_numpy(np.array(picked.numbers, np.int64))
+        weights = torch.from_numpy(np.array(picked.weights, np.float32))
+        return self.collate(list(picked.samples)), Batch(numbers, weights)
 
 
 class Sampler(DistributedSampler):
