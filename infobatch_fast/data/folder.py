@@ -222,7 +222,7 @@ def load_folder(
         say: told what takes long.
 
     Raises:
-        UserError: there is no such folder, a class is tested but not trained, or too many files
+        UserError: there is no such folder, a class has no image to train on, or too many files
             are bad.
     """
     bad, splits = BadFiles(max_bad_files), []
@@ -230,6 +230,9 @@ def load_folder(
     train, test = trees
     if strange := sorted(set(test.classes) - set(train.classes)):
         raise UserError(f"{test.folder} must hold classes of {train.folder}, got {strange[0]}")
+    if bare := sorted(set(range(len(train.classes))) - set(train.labels.tolist())):
+        name = train.folder / train.classes[bare[0]]
+        raise UserError(f"{name} must hold an image, as its class is trained, got none")
     total = sum(int(tree.sizes.sum()) for tree in trees)
     hold = cache == "on" or (cache == "auto" and processes * total <= HELD * _memory())
     number = torch.tensor([train.classes.index(name) for name in test.classes])

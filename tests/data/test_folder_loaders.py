@@ -210,9 +210,12 @@ def test_parts_held_out_images_and_pictures_are_of_their_samples(tmp_path: Path)
     assert len(whole) == 20
 
 
-def test_a_class_that_is_only_tested_is_a_mistake(tmp_path: Path) -> None:
+def test_a_class_without_an_image_to_train_on_is_a_mistake(tmp_path: Path) -> None:
     write(make_tree(tmp_path) / "val" / "eel", {"a.jpg": GOOD["jpeg.jpg"]})
     with pytest.raises(UserError, match=r"val must hold classes of .*train, got eel$"):
+        load(tmp_path)
+    write(tmp_path / "train" / "eel", {"a.txt": b"no image"})
+    with pytest.raises(UserError, match=r"train.eel must hold an image, .* got none$"):
         load(tmp_path)
 
 
