@@ -35,7 +35,7 @@ def budget_line(asked: Config, settings: Config) -> str:
         f"budget     {asked.budget:g} of the samples of {asked.epochs} full epochs: "
         f"{settings.epochs} epochs{out}\n"
         "           measured against full data on as many samples, a small network, 16 epochs:\n"
-        "           +0.8 points at 0.75, +1.4 at 0.625 and +1.3 at 0.5 (4 to 5 seeds); more in\n"
+        "           +0.8 points at 0.75, +1.3 at 0.625 and +1.3 at 0.5 (4 to 5 seeds); more in\n"
         "           docs/policies.md"
     )
 
