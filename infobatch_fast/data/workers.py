@@ -4,6 +4,7 @@ Dimensions: N samples, B batch.
 """
 
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +41,7 @@ class WorkerLoader(Loader):
             ),
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=_outlive,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # which torch seeds workers from, in place of the user's
             multiprocessing_context="fork" if workers else None,  # what files hold is shared
@@ -66,6 +68,11 @@ class _Fetched(Dataset):
 
 def _collate(items: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[Any]]:
     return torch.stack([torch.as_tensor(pixels) for pixels, _ in items]), [n for _, n in items]
+
+
+def _outlive(worker: int) -> None:
+    """End at the second SIGTERM: the first may be to all processes, of which one saves a state."""
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

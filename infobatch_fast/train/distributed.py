@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -95,16 +96,13 @@ class Ranks:
         )
         if not self.first:
             sys.stdout = open(os.devnull, "w")
-        store, _, _ = next(rendezvous("env://"))
-        # On one machine torchrun's store outlives its workers; several count their own restarts.
-        attempt = self.restarts if self.local_world == self.world else 0
-        self._store = dist.PrefixStore(f"attempt {attempt}", store)
-        self._store.add("here", 1)
-        while self._store.add("here", 0) < self.world:  # within torch no signal would be heard
-            time.sleep(0.1)
+        self._store = self._met(next(rendezvous("env://"))[0])
+        alone = threading.Timer(LIMIT, _alone)  # torch's own limit is half an hour
+        alone.start()
         dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.world)
         (self.restarts,) = self.most(self.restarts)
         watched = dist.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT))
+        alone.cancel()
         self._thread = threading.Thread(target=self._watch, args=(watched,), daemon=True)
         self._thread.start()
         return self
@@ -120,6 +118,31 @@ class Ranks:
         # It may be of what was sent to a rank that is gone: the thread says which.
         if isinstance(error, RuntimeError) and not is_out_of_memory(error) and self._thread:
             self._thread.join(PATIENCE)
+
+    def _met(self, store: Any) -> Any:
+        """The part of a store that is of this start alone, once all ranks have come to it.
+
+        torchrun's store outlives its workers, and each machine counts restarts of its own: a rank
+        asks by a name that it makes up, and the first one answers. Within torch no signal would be
+        heard meanwhile.
+        """
+        name = uuid.uuid4().hex
+        if self.first:
+            own = dist.PrefixStore(name, store)
+            while own.add("here", 0) < self.world - 1:
+                time.sleep(0.1)
+                for key in (f"asks {rank}" for rank in range(1, self.world)):
+                    if store.check([key]):  # perhaps of one that is gone: the next overwrites it
+                        store.set(f"to {store.get(key).decode()}", name)
+        else:
+            store.set(f"asks {self.rank}", name)
+            while not store.check([f"to {name}"]):
+                time.sleep(0.1)
+            own = dist.PrefixStore(store.get(f"to {name}").decode(), store)
+        own.add("here", 1)
+        while own.add("here", 0) < self.world:
+            time.sleep(0.1)
+        return own
 
     def leave(self) -> None:
         """Part in order, once all ranks have come to it. Collective."""
@@ -303,6 +326,10 @@ class Ranks:
         """Give all ranks the first one's buffers, as each has seen other samples."""
         for buffer in buffers if self.world > 1 else ():
             dist.broadcast(buffer, 0, self.group)
+
+
+def _alone() -> None:
+    os._exit(complain(f"error: the ranks did not connect within {LIMIT:g} s: all stop", 1))
 
 
 @contextmanager

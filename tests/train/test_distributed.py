@@ -277,6 +277,17 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(tmp_path, world: int,
     assert torn.said == [f"error: rank {rank} ended, or gave no sign of life for 50 s: all stop"]
 
 
+def test_a_rank_that_is_killed_as_they_connect_ends_the_other(tmp_path) -> None:
+    def hook(rank: int) -> None:
+        distributed.LIMIT = 3.0
+        if rank == 1:
+            dist.init_process_group = lambda *args, **kwargs: os._exit(9)
+
+    torn = start(2, tmp_path, *TINY, "--out", tmp_path / "run", hook=hook)
+    assert torn.codes == [1, 9]
+    assert torn.said == ["error: the ranks did not connect within 3 s: all stop"]
+
+
 def odd_data(rank: int) -> None:
     if rank == 1:
 
