@@ -80,11 +80,11 @@ class GraphStep:
     def capture(self) -> None:
         """Capture the sizes that have come often enough.
 
-        Call it between epochs, when no loader is at work. A thread of DALI's waits for the whole
-        device when an output is released, which ends the process if a capture is under way then:
-        its loader holds the last one until the next epoch, what waits for the garbage collector is
-        released before, and the threads of those before it have time to finish. A collected Triton
-        module may not be unloaded in a capture either.
+        Call it when no loader is at work, after an epoch or one that was left. A thread of DALI's
+        waits for the whole device when an output is released, which ends the process if a capture
+        is under way then: its loader holds the last one until it begins anew, what waits for the
+        garbage collector is released before, and the threads of those before it have time to
+        finish. A collected Triton module may not be unloaded in a capture either.
         """
         while self.pending:
             shape = next(shape for shape in self._static if shape not in self._graphs)

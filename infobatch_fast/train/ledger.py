@@ -80,7 +80,7 @@ class Ledger:
             self._lap(outer)
 
     @contextmanager
-    def starting(self, images: int, watch: HostSyncs) -> Iterator[None]:
+    def starting(self, watch: HostSyncs, images: int) -> Iterator[None]:
         """Count the block as start-up that so many images went through, host syncs uncounted."""
         with watch.allowed(), self.spending("startup"):
             yield

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infobatch_fast.data.dataset import Dataset
-from infobatch_fast.data.loader import make_loader
+from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader, make_loader
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
@@ -144,9 +145,6 @@ def train(
         for epoch in range(ledger.epoch, epochs):
             with ledger.spending("train"):
                 model.train()  # evaluation left it otherwise, and a capture would keep that
-                if isinstance(advance, GraphStep) and advance.pending:
-                    with ledger.spending("startup"):
-                        advance.capture()
                 # Of an epoch that is resumed midway the first part is not known.
                 syncs = None if settings.host_syncs == "off" or plan is not None else 0
                 with phases("choose"), _watch(settings, device, "count") as watch:
@@ -154,21 +152,22 @@ def train(
                         step.begin_epoch()
                         plan = _draw(infobatch, epoch, whole)
                     position = min(start * settings.batch_size, len(plan))
-                    part = loader.epoch(ranks.part(infobatch, plan, position, batch_size))
+                    part = ranks.part(infobatch, plan, position, batch_size)
                 syncs = None if syncs is None else watch.count
                 if (warning := console.strained(plan, infobatch)) and not warned:
                     say(warning)
                     warned = True
-                steps = start + len(part)
+                steps = start + len(loader.epoch(part))
                 bar.reset(total=steps)
                 bar.update(start)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
                 with _watch(settings, device, settings.host_syncs) as watch:
-                    batches = phases.each("wait", part)
+                    starting = partial(ledger.starting, watch)
+                    batches = _batches(loader, part, advance, phases, starting)
                     for number, (images, labels, batch) in enumerate(batches, start + 1):
                         new = labels.numel() in lasting and step.is_new(images.shape)
-                        cost = ledger.starting(labels.numel(), watch) if new else nullcontext()
+                        cost = starting(labels.numel()) if new else nullcontext()
                         with cost, phases("step"):
                             rate = _schedule(settings, epoch, number, steps)
                             if settings.mixup:
@@ -230,6 +229,26 @@ def _draw(infobatch: InfoBatch, epoch: int, batch_size: int | None) -> Plan:
         # Of the user's own policy, whatever it raises.
         what = f"{type(error).__name__}: {reason(error)}"
         raise UserError(f"policy {infobatch.pruning.policy} failed: {what}") from error
+
+
+def _batches(
+    loader: Loader,
+    part: EpochPlan[BatchT],
+    advance: TrainStep | GraphStep,
+    phases: Phases,
+    starting: Callable[[int], AbstractContextManager[None]],
+) -> Batches[BatchT]:
+    """The epoch's batches; the loader begins anew behind the one after which a step is captured."""
+    graph, done = advance if isinstance(advance, GraphStep) else None, 0
+    while done < len(loader.epoch(part)):
+        for batch in phases.each("wait", loader.epoch(part, done)):
+            yield batch
+            done += 1
+            if graph and graph.pending:
+                break
+        if graph and graph.pending:
+            with starting(0):
+                graph.capture()
 
 
 def _watch(

@@ -1,5 +1,7 @@
 """Every form of the step trains as the eager one: compiled, captured, on both sizes of batches."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from steps_made import FakeCuda, assert_same, everything, make_batch, make_step, spoilt_batch
@@ -7,8 +9,10 @@ from torch._dynamo.utils import counters
 
 from infobatch_fast.data.loader import make_loader
 from infobatch_fast.infobatch import InfoBatch
+from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.telemetry.syncs import host_syncs
 from infobatch_fast.train.graph import MOST, GraphStep
+from infobatch_fast.train.loop import _batches
 
 # Relative, of each loss. A rounding of the weights makes 1e-3 in bfloat16, on a CPU.
 LIMITS = {"off": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
@@ -88,12 +92,13 @@ def test_fifty_captured_steps_follow_the_eager_ones(
     ],
     indirect=["device"],
 )
-def test_a_capture_right_after_an_epoch_of_dali(device: str, compiled: bool) -> None:
+def test_captures_in_and_right_after_an_epoch_of_dali(device: str, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (58, 32, 32, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (58,), generator=generator)
     infobatch = InfoBatch(58, 6, delta=0.0, device=device)  # full epochs: 3 batches and 10 samples
-    losses = []
+    phases = Phases(torch.device(device), enabled=False)
+    losses, seen = [], ([], [])
     for captures in (False, True):
         step = make_step("lars", device, compile=captures and compiled)
         advance = GraphStep(step) if captures else step
@@ -102,11 +107,12 @@ def test_a_capture_right_after_an_epoch_of_dali(device: str, compiled: bool) -> 
         )
         assert note is None
         for epoch in range(6):
-            if isinstance(advance, GraphStep):
-                advance.capture()
-            for batch_images, batch_labels, batch in loader.epoch(infobatch.sample(epoch)):
+            epochs = loader, infobatch.sample(epoch), advance, phases
+            for batch_images, batch_labels, batch in _batches(*epochs, lambda _: nullcontext()):
                 advance(batch_images, batch_labels, batch, 0.02, 0.9)
+                seen[captures].append(batch.indices)
         losses.append(step.read_counts().loss)
     assert isinstance(advance, GraphStep)
     assert_form(advance, device, compiled)
     assert losses[1] == pytest.approx(losses[0], rel=LIMITS["off"])
+    assert_same(*seen)

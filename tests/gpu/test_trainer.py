@@ -127,7 +127,7 @@ def test_a_captured_run_trains_as_the_eager_one_and_says_so(
     assert (eager["captured"], captured["captured"]) == (False, True)
     assert captured["samples_trained"] == eager["samples_trained"]
     assert captured["loss_last"] == pytest.approx(eager["loss_last"], rel=1e-2)
-    assert [line["startup_seconds"] > 0 for line in lines] == [device == "cuda", True, False]
+    assert [line["startup_seconds"] > 0 for line in lines] == [True, False, False]
 
 
 @pytest.mark.gpu
@@ -138,8 +138,8 @@ def test_the_paper_preset_runs_as_it_says_and_start_up_is_apart(tmp_path: Path) 
     assert forms == {"compiled": True, "captured": True, "by_kernels": True, "loader": "DaliLoader"}
     assert lines[0]["kept"] == 4000 > lines[1]["kept"]
     assert lines[1]["kept"] % 200 == 0
-    # The first epoch compiles, the second captures, and those behind them do neither.
-    assert [line["startup_seconds"] > 0 for line in lines] == [True, True, False, False]
+    # The first epoch compiles and captures, and those behind it do neither.
+    assert [line["startup_seconds"] > 0 for line in lines] == [True, False, False, False]
     assert [line["startup_images"] for line in lines] == [600, 0, 0, 0]
     assert lines[0]["startup_seconds"] > summary["epoch_seconds"]
     assert summary["images_per_second"] > 0.5 * lines[-1]["images_per_second"]
