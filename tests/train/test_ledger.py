@@ -150,7 +150,7 @@ def test_start_up_is_no_training(tmp_path, clock, monkeypatch, capsys) -> None:
     lines, summary = lines_of(tmp_path), summary_of(tmp_path)
     # Of 32, 32, 32 and 24 samples the three first of 32, and those of 24 of three epochs.
     assert [line["startup_images"] for line in lines] == [96 + 24, 24, 24, 0]
-    startup = [4 * 31, 2000 + 31, 31, 0]
+    startup = [2000 + 4 * 31, 31, 31, 0]
     assert [line["startup_seconds"] for line in lines] == pytest.approx(startup)
     assert lines[0]["images_per_second"] is None or lines[0]["images_per_second"] < 1
     timed = [5 + 4 * 0.125 + steps for steps in (0, 3, 3, 4)]
