@@ -37,6 +37,11 @@ def _grey() -> np.ndarray:
 GREY, GREY_WINDOW = _grey(), (0, 0, 8, 8)  # in the place of what cannot be decoded
 
 
+def _shared(number: int) -> np.ndarray:
+    """Bytes, all 0, that forked processes share."""
+    return np.frombuffer(mmap.mmap(-1, number), np.uint8)
+
+
 @dataclass
 class Counts:
     """What was read from the disk, in bytes, and how many images were decoded."""
@@ -46,12 +51,12 @@ class Counts:
 
 
 class Held:
-    """The bytes of files, each from its first reading on, in memory that forked processes share."""
+    """The bytes of files, each from its first reading on; forked processes share them."""
 
     def __init__(self, sizes: np.ndarray) -> None:
         self.stops = sizes.cumsum()
-        self.bytes = np.frombuffer(mmap.mmap(-1, int(self.stops[-1])), np.uint8)
-        self.there = np.frombuffer(mmap.mmap(-1, len(sizes)), np.uint8)
+        self.bytes = _shared(int(self.stops[-1]))
+        self.there = _shared(len(sizes))
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.bytes[self.stops[row - 1] if row else 0 : self.stops[row]]
@@ -64,16 +69,16 @@ class Files(Source):
     Attributes:
         test_side: S of testing, in pixels.
         bad: takes up what cannot be decoded.
+        lost: (rows of the tree,), not 0 for those that could not be decoded; forks share it.
         held: the files' bytes, if they are kept.
-        lost: rows that could not be decoded.
     """
 
     tree: Tree
     test_side: int
     bad: BadFiles
+    lost: np.ndarray
     held: Held | None = None
     counts: Counts = field(default_factory=Counts)
-    lost: set[int] = field(default_factory=set)
 
     def dali_loader(self) -> type[Loader]:
         """See `Source`."""
@@ -117,7 +122,7 @@ class Files(Source):
 
     def read(self, row: int) -> tuple[np.ndarray, int, str]:
         """A file's bytes, how many came from the disk, and what went wrong, grey then."""
-        if row in self.lost:
+        if self.lost[row]:
             return GREY, 0, ""
         if self.held is not None and self.held.there[row]:
             return self.held[row], 0, ""
@@ -142,7 +147,7 @@ class Files(Source):
         rows = self.rows[numbers].tolist()
         why = {row: why for row, (_, why) in zip(rows, notes, strict=True) if why}
         if why:
-            self.lost.update(why)
+            self.lost[list(why)] = 1
             name = self.tree.folder.name
             self.bad.add({f"{name}/{self._name(row)}": each for row, each in why.items()})
 
@@ -157,7 +162,7 @@ class Files(Source):
         return of._replace(weights=weights)
 
     def _lost(self, rows: Tensor) -> list[int]:
-        return [i for i, row in enumerate(rows.tolist()) if row in self.lost] if self.lost else []
+        return self.lost[rows.numpy()].nonzero()[0].tolist()
 
     def pictures(self, numbers: Tensor) -> Tensor:
         """The middle of each image."""
@@ -244,6 +249,7 @@ def load_folder(
             side=side,
             test_side=test_side,
             bad=bad,
+            lost=_shared(len(tree.names)),
             held=Held(tree.sizes) if hold else None,
         )
         splits += [images, torch.from_numpy(tree.labels)]

@@ -3,9 +3,11 @@
 Dimensions: N samples, B batch.
 """
 
+import atexit
 import random
 import signal
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,40 +24,71 @@ PICTURE = 64  # pixels a side of what a run's record shows
 
 
 class WorkerLoader(Loader):
-    """The batches of a `Source`, by a torch DataLoader."""
+    """The batches of a `Source`, by a torch DataLoader, whose processes live as long as this.
+
+    An iteration that does not come to its end ends them, and the next one starts others.
+    """
 
     def __post_init__(self, images: "Source") -> None:
         super().__post_init__(images)
         self._images, self._normal = images, self._normalisation()
+        self._idle: DataLoader | None = None
 
     def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
         source, spans = self._images, list(self._spans(plan, first))
         positions = plan.positions("cpu")
         numbers = plan.indices.cpu()  # the epoch's one host sync: files are read by the host
-        workers = source.workers
-        fetched = DataLoader(
-            _Fetched(source),
-            batch_sampler=(  # pyright: ignore
-                source.picks(numbers[a:b], self.seed, plan.epoch, positions[a:b], self.augment)
-                for a, b in spans
-            ),
+        fetched, self._idle = self._new() if self._idle is None else self._idle, None
+        asked: Any = fetched.batch_sampler
+        asked.batches = (
+            source.picks(numbers[a:b], self.seed, plan.epoch, positions[a:b], self.augment)
+            for a, b in spans
+        )
+        try:
+            for (start, stop), (pixels, notes) in zip(spans, fetched, strict=True):
+                source.note(numbers[start:stop], notes)
+                images = pixels.to(self._device, non_blocking=True)
+                if images.dtype == torch.uint8:
+                    mean, scale = self._normal
+                    images = torch.sub(images, mean).mul_(scale).permute(0, 3, 1, 2)
+                else:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                labels = self.labels.index_select(0, plan.indices[start:stop])
+                yield images, labels, source.weighed(plan.batch(start, stop), numbers[start:stop])
+            self._idle = fetched
+        finally:
+            if self._idle is not fetched:
+                _end(fetched)
+
+    def _new(self) -> DataLoader:
+        workers = self._images.workers
+        made = DataLoader(
+            _Fetched(self._images),
+            batch_sampler=_Asked(),  # pyright: ignore
             num_workers=workers,
+            persistent_workers=workers > 0,
             collate_fn=_collate,
             worker_init_fn=_outlive,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # which torch seeds workers from, in place of the user's
             multiprocessing_context="fork" if workers else None,  # what files hold is shared
         )
-        for (start, stop), (pixels, notes) in zip(spans, fetched, strict=True):
-            source.note(numbers[start:stop], notes)
-            images = pixels.to(self._device, non_blocking=True)
-            if images.dtype == torch.uint8:
-                mean, scale = self._normal
-                images = torch.sub(images, mean).mul_(scale).permute(0, 3, 1, 2)
-            else:
-                images = images.contiguous(memory_format=torch.channels_last)
-            labels = self.labels.index_select(0, plan.indices[start:stop])
-            yield images, labels, source.weighed(plan.batch(start, stop), numbers[start:stop])
+        if workers:
+            # Python would wait for them as it exits, since they outlive its SIGTERM. They start
+            # here, as what is registered last is done first, and torch 2.11 has a wait of its own.
+            iter(made)
+            alive = weakref.ref(made)
+            atexit.register(lambda: _end(alive()))
+        return made
+
+
+class _Asked:
+    """What is fetched in one iteration: the workers are told all that differs from the last."""
+
+    batches: Iterable[list[Any]] = ()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.batches)
 
 
 class _Fetched(Dataset):
@@ -73,6 +106,11 @@ def _collate(items: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[Any]]:
 def _outlive(worker: int) -> None:
     """End at the second SIGTERM: the first may be to all processes, of which one saves a state."""
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def _end(fetched: Any) -> None:
+    if fetched is not None and fetched._iterator is not None:
+        fetched._iterator._shutdown_workers()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

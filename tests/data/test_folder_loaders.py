@@ -1,7 +1,11 @@
 """Loaders of folders: the two agree, read and decode what is asked for, and lose what is broken."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +122,51 @@ def test_batches_are_the_plans_wherever_an_epoch_starts(kind: str, tmp_path: Pat
     assert off.abs().max() <= (3 if kind == "dali" else 1e-4)
 
 
+def test_workers_live_as_long_as_their_loader(tmp_path: Path) -> None:
+    data, others = load(make_tree(tmp_path), workers=2), set(active_children())
+    ours, without, alive = loader("torch", data), loader("torch", load(tmp_path)), []
+
+    def workers() -> set[int | None]:
+        return {process.pid for process in set(active_children()) - others}
+
+    for number, start in enumerate((0, 0, 1)):
+        plan = plan_of(data, 20 - number, number)
+        for pair in zip(epoch(ours, plan, start), epoch(without, plan, start), strict=True):
+            (images, labels, batch), (same_images, same_labels, same) = pair
+            assert torch.equal(images, same_images)
+            assert torch.equal(labels, same_labels)
+            assert torch.equal(batch.indices, same.indices)
+        alive.append(workers())
+    assert [len(each) for each in alive] == [2, 2, 2]
+    assert alive[0] == alive[1] == alive[2]
+    plan = plan_of(data, 13)
+    pairs = zip(ours.epoch(plan), ours.epoch(plan), strict=True)  # at once
+    assert all(torch.equal(one, other) for (one, *_), (other, *_) in pairs)
+    next(iter(ours.epoch(plan)))  # left early
+    assert not workers()
+    epoch(ours, plan)
+    assert len(workers()) == 2
+    del ours, pairs
+    assert not workers()
+
+
+LEFT = """
+from test_folder_loaders import *
+data = load(Path(sys.argv[1]), workers=1)
+ours, others = loader("torch", data), loader("torch", data)
+epoch(ours, plan_of(data, 20))
+begun = iter(others.epoch(plan_of(data, 20)))
+next(begun)
+"""
+
+
+def test_python_exits_whatever_the_workers_do(tmp_path: Path) -> None:
+    folders = [str(Path(folder_module.__file__).parents[2]), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, "-c", LEFT, str(make_tree(tmp_path))]
+    subprocess.run(command, check=True, timeout=120, env=environment)
+
+
 @either
 def test_a_test_gives_every_image_once_in_its_middle(kind: str, tmp_path: Path) -> None:
     data = replace(load(make_tree(tmp_path, val=5)), mean=(0.0,) * 3, std=(1 / 255,) * 3)
@@ -163,7 +212,8 @@ def test_files_are_kept_where_they_take_a_quarter_of_the_memory(tmp_path, monkey
 @pytest.mark.parametrize("broken", ["undecodable", "gone", "changed"])
 def test_a_file_that_fails_is_left_out_and_named(kind: str, broken: str, tmp_path: Path) -> None:
     write(make_tree(tmp_path) / "train" / "cat", {"004.jpg": undecodable()})
-    data = load(tmp_path, max_bad_files=2, cache="off")
+    data = load(tmp_path, max_bad_files=2, cache="off", workers=1)
+    sizes, counts = data.images.tree.sizes, data.images.counts
     file = tmp_path / "train" / "cat" / "004.jpg"
     why = {"gone": "No such file", "changed": "changed since", "undecodable": "unrecognized data"}
     if broken != "undecodable":
@@ -171,7 +221,7 @@ def test_a_file_that_fails_is_left_out_and_named(kind: str, broken: str, tmp_pat
     ours = loader(kind, data)
     sound = load(make_tree(tmp_path / "sound"), cache="off")
     for number in range(2):
-        plan = plan_of(data, 20, number)
+        plan, read = plan_of(data, 20, number), counts.read
         pairs = zip(epoch(ours, plan), epoch(loader(kind, sound), plan), strict=True)
         for (images, labels, batch), (expected, same_labels, same) in pairs:
             here = batch.indices != 4
@@ -179,6 +229,8 @@ def test_a_file_that_fails_is_left_out_and_named(kind: str, broken: str, tmp_pat
             assert torch.equal(images[here], expected[here])
             assert torch.equal(labels, same_labels)
             assert images[~here].amax((2, 3)).equal(images[~here].amin((2, 3)))  # of one colour
+        if number == 1:
+            assert counts.read - read == sizes.sum() - sizes[4]  # it is not read again
     assert list(data.bad.why) == ["train/cat/004.jpg"]
     assert data.bad.why["train/cat/004.jpg"].startswith(why[broken])
 
