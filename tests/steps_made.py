@@ -122,7 +122,7 @@ class FakeCuda:
         for name, value in {
             "CUDAGraph": FakeGraph,
             "graph": self._capture,
-            "device": lambda device: nullcontext(),
+            "device": nullcontext,
             "synchronize": lambda: self.told.append("synchronize"),
             "current_stream": lambda: "the stream before",
             "Stream": lambda device: object(),

@@ -1,9 +1,11 @@
 """Every form of the step trains as the eager one: compiled, captured, on both sizes of batches."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from steps_made import FakeCuda, assert_same, everything, make_batch, make_step, spoilt_batch
 from torch._dynamo.utils import counters
 
@@ -11,11 +13,19 @@ from infobatch_fast.data.loader import make_loader
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.telemetry.phases import Phases
 from infobatch_fast.telemetry.syncs import host_syncs
+from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.graph import MOST, GraphStep
 from infobatch_fast.train.loop import _batches
+from infobatch_fast.train.step import DDP_WARM_UP
 
 # Relative, of each loss. A rounding of the weights makes 1e-3 in bfloat16, on a CPU.
 LIMITS = {"off": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+
+BOTH = [
+    ("cpu", False),
+    pytest.param("cuda", False, marks=pytest.mark.gpu),
+    pytest.param("cuda", True, marks=pytest.mark.gpu),
+]
 
 pytestmark = pytest.mark.usefixtures("like_for_like")
 
@@ -83,15 +93,34 @@ def test_fifty_captured_steps_follow_the_eager_ones(
     assert_same(before, everything(step))
 
 
-@pytest.mark.parametrize(
-    ("device", "compiled"),
-    [
-        ("cpu", False),
-        pytest.param("cuda", False, marks=pytest.mark.gpu),
-        pytest.param("cuda", True, marks=pytest.mark.gpu),
-    ],
-    indirect=["device"],
-)
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
+@pytest.mark.parametrize(("device", "compiled"), BOTH, indirect=["device"])
+def test_gradients_are_averaged_within_the_captured_step(
+    device: str, compiled: bool, tmp_path: Path
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ranks = Ranks()  # one process, which goes the way of several
+        ranks.world = 2
+        ranks.group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
+        eager, step = (
+            make_step(device=device),
+            make_step(device=device, compile=compiled, ranks=ranks),
+        )
+        captured = GraphStep(step)
+        for seed in range(DDP_WARM_UP + 10):
+            captured.capture()
+            for one in (eager, captured):
+                one(*make_batch(seed, 16, device), 0.02, 0.9)
+        assert captured.captured
+        assert step.compiled == compiled
+        counts = eager.read_counts().loss, step.read_counts().loss
+        assert counts[1] == pytest.approx(counts[0], rel=LIMITS["off"])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("device", "compiled"), BOTH, indirect=["device"])
 def test_captures_in_and_right_after_an_epoch_of_dali(device: str, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (58, 32, 32, 3), dtype=torch.uint8, generator=generator)
