@@ -86,8 +86,8 @@ class Throughput(Options):
             for value in values:
                 if value is not None and value < 1:
                     raise UserError(f"{name} must be at least 1, got {value}")
-        if self.models == () == self.batch_sizes:
-            raise UserError("models must be at least one where batch_sizes are none, got none")
+        if self.models == () == self.batch_sizes and self.files == 0:
+            raise UserError("files must be at least 1 where models and batch_sizes are none, got 0")
 
     def settle(self, cuda: bool) -> "Throughput":
         """With everything that the device decides."""

@@ -241,7 +241,7 @@ MISTAKES = [
     (throughput, "--files -1", "files", "-1"),
     (throughput, "--batch-sizes 8 -1", "batch_sizes", "-1"),
     (throughput, "--forms fast", "forms", "fast"),
-    (throughput, "--models --batch-sizes", "models", "none"),
+    (throughput, "--models --batch-sizes --files 0", "files", "0"),
     (kernels_bench, "--sizes 999", "sizes", "999"),
     (kernels_bench, "--device tpu", "device", "tpu"),
     (kernels_bench, "--siezs 5", "siezs", ""),
