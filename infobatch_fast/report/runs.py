@@ -181,7 +181,9 @@ def sections(runs: Iterable[Run]) -> list[Section]:
         grouped.setdefault(json.dumps(_setting(run), sort_keys=True), []).append(run)
     settings = [_setting(members[0]) for members in grouped.values()]
     names = dict.fromkeys(name for each in settings for name in each)
-    varied = [n for n in names if len({repr(each.get(n)) for each in settings}) > 1]
+    # Older records lack some: that a value is not known tells nobody anything.
+    known = [{n: repr(v) for n, v in each.items() if v is not None} for each in settings]
+    varied = [n for n in names if len({each[n] for each in known if n in each}) > 1]
     found = [
         Section(_title(setting, varied, members), setting, members)
         for setting, members in zip(settings, grouped.values(), strict=True)
@@ -218,5 +220,5 @@ def _title(setting: dict[str, Any], varied: Sequence[str], runs: Sequence[Run]) 
     if setting.get("validation"):
         data += f", judged by {setting['validation']:,} held-out training images"
     told = {"model", "dataset", "data", "data_fraction", "validation"}
-    words = [f", {n} {setting.get(n, 'not recorded')}" for n in varied if n not in told]
+    words = [f", {n} {setting[n]}" for n in varied if n in setting and n not in told]
     return f"{setting['model']} on {data}, {counted(longest, 'epoch')}" + "".join(words)
