@@ -96,8 +96,10 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
     settings = config.settle(settings, data.name, device.type, ranks.world)
     _check(settings, data, ranks)
     folder = settings.out.expanduser() if settings.out else Path("runs") / _name(settings)
-    folder, begun = ranks.from_first(lambda: (folder, (folder / records.CONFIG).exists()))
-    if ranks.restarts and begun:
+    folder, begun = ranks.from_first(
+        lambda: (folder, ranks.restarts > 0 and _begun(folder, settings))
+    )
+    if begun:
         _go_on(settings, lambda: data, folder, interrupts, say, ranks)
         return
     made = ranks.first and records.make_folder(folder)
@@ -127,6 +129,12 @@ def _begin(
         **record.provenance(device, processes),
     )
     records.write_json(folder / records.CONFIG, about)
+
+
+def _begun(folder: Path, settings: Config) -> bool:
+    """Whether a folder holds this very run; another's is a mistake that a restart repeats."""
+    path = folder / records.CONFIG
+    return path.exists() and records.read(records.RunRecord, path).config == settings.recorded()
 
 
 def resume(

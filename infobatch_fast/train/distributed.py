@@ -14,7 +14,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,10 +30,11 @@ from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
 from infobatch_fast.ranks import Share, Unlike
-from infobatch_fast.train.cli import Interrupts, complain, is_out_of_memory
+from infobatch_fast.train.cli import Interrupted, Interrupts, complain, is_out_of_memory
 
 BEAT = 1.0  # s between two signs of life
 LIMIT = 50.0  # s without one: a killed process is noticed at once, a machine without power then
+START = 300.0  # s for all to come: machines import and restart in their own time
 GRACE = 2.0  # s for the main thread, where its own error is what ends this rank
 PATIENCE = 10.0  # s for the thread, where the main one fails at what a rank that is gone had to do
 LOOK = 4  # steps between two looks at whether a rank is to stop
@@ -96,13 +97,20 @@ class Ranks:
         )
         if not self.first:
             sys.stdout = open(os.devnull, "w")
-        self._store = self._met(next(rendezvous("env://"))[0])
-        alone = threading.Timer(LIMIT, _alone)  # torch's own limit is half an hour
-        alone.start()
-        dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.world)
-        (self.restarts,) = self.most(self.restarts)
-        watched = dist.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT))
-        alone.cancel()
+        with self._within(START):
+            store = next(rendezvous("env://"))[0]
+            self._store = dist.PrefixStore(f"try {self.restarts}", store)
+            self._store = self._met(store)
+        with self._within(LIMIT):
+            dist.init_process_group(
+                "gloo",
+                timeout=timedelta(days=1),  # a slow rank is waited for, a lost one the thread sees
+                world_size=self.world,
+                rank=self.rank,
+                store=self._store,
+            )
+            (self.restarts,) = self.most(self.restarts)
+            watched = dist.new_group(backend="gloo", timeout=timedelta(seconds=LIMIT))
         self._thread = threading.Thread(target=self._watch, args=(watched,), daemon=True)
         self._thread.start()
         return self
@@ -115,8 +123,11 @@ class Ranks:
                 self.leave()
         except RuntimeError as failed:
             error = failed
-        # It may be of what was sent to a rank that is gone: the thread says which.
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error) and self._thread:
+        # It may be of what was sent to a rank that is gone, as torchrun's signal to the others is:
+        # the thread says which.
+        if isinstance(error, Interrupted) and self._thread:
+            self._thread.join(GRACE)
+        elif isinstance(error, RuntimeError) and not is_out_of_memory(error) and self._thread:
             self._thread.join(PATIENCE)
 
     def _met(self, store: Any) -> Any:
@@ -163,12 +174,36 @@ class Ranks:
             os._exit(code)  # a thread waits within gloo, which an orderly exit would abort at
         return code
 
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """A block in which all ranks come together, or this one ends."""
+
+        def end() -> None:
+            if self.tells():
+                did = f"the {self.world} ranks did not come together within {seconds:g} s"
+                complain(f"error: {did}: all stop", 1)
+            os._exit(1)
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def tells(self) -> bool:
         """Whether this rank is to tell the user why all end: the first that asks."""
-        try:
-            return self._store is None or self._store.add("told", 1) == 1
-        except RuntimeError:  # the process that held the store is gone
-            return True
+        told = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the process that held the store is gone
+                told.append(self._store.add("told", 1) > 1)
+
+        if self._store is not None:
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(GRACE)  # a machine that has lost its power never answers
+        return told != [True]
 
     def _watch(self, group: Any) -> None:
         gone, over = [], torch.zeros(1)
@@ -326,10 +361,6 @@ class Ranks:
         """Give all ranks the first one's buffers, as each has seen other samples."""
         for buffer in buffers if self.world > 1 else ():
             dist.broadcast(buffer, 0, self.group)
-
-
-def _alone() -> None:
-    os._exit(complain(f"error: the ranks did not connect within {LIMIT:g} s: all stop", 1))
 
 
 @contextmanager

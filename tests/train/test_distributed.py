@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,20 @@ def test_a_rank_that_is_killed_is_named_and_the_others_end(tmp_path, world: int,
     assert torn.said == [f"error: rank {rank} ended, or gave no sign of life for 50 s: all stop"]
 
 
+def test_a_rank_that_is_killed_before_training_is_named(tmp_path) -> None:
+    """Not the signal that torchrun then sends to the others."""
+
+    def hook(rank: int) -> None:
+        def struck(device: str) -> None:
+            os.kill(os.getpid(), signal.SIGKILL if rank == 1 else signal.SIGTERM)
+
+        In.find_device = struck
+
+    torn = start(2, tmp_path, *TINY, "--out", tmp_path / "run", hook=hook)
+    assert torn.codes == [1, -signal.SIGKILL]
+    assert torn.said == ["error: rank 1 ended, or gave no sign of life for 50 s: all stop"]
+
+
 def test_a_rank_that_is_killed_as_they_connect_ends_the_other(tmp_path) -> None:
     def hook(rank: int) -> None:
         distributed.LIMIT = 3.0
@@ -285,7 +301,59 @@ def test_a_rank_that_is_killed_as_they_connect_ends_the_other(tmp_path) -> None:
 
     torn = start(2, tmp_path, *TINY, "--out", tmp_path / "run", hook=hook)
     assert torn.codes == [1, 9]
-    assert torn.said == ["error: the ranks did not connect within 3 s: all stop"]
+    assert torn.said == ["error: the 2 ranks did not come together within 3 s: all stop"]
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_ranks_do_not_wait_forever_for_one_that_never_starts(tmp_path, missing: int) -> None:
+    def hook(rank: int) -> None:
+        distributed.START = 3.0
+        if rank == missing:
+            os._exit(9)
+
+    torn = start(3, tmp_path, *TINY, "--out", tmp_path / "run", hook=hook)
+    assert torn.codes == [9 if rank == missing else 1 for rank in range(3)]
+    assert torn.said == ["error: the 3 ranks did not come together within 3 s: all stop"]
+
+
+def test_a_rank_that_is_slow_is_waited_for(tmp_path) -> None:
+    """The first looks into a folder of millions of files, say; torch waits for half an hour."""
+
+    def hook(rank: int) -> None:
+        dist.distributed_c10d.default_pg_timeout = timedelta(seconds=0.5)
+        load = In.load_data
+        if rank == 0:
+            In.load_data = lambda *args, **kwargs: time.sleep(2) or load(*args, **kwargs)
+
+    whole(2, tmp_path, *TINY, "--epochs", 1, "--out", tmp_path / "run", hook=hook)
+
+
+def gone() -> int:
+    raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("answer", "tells"),
+    [
+        (lambda: 1, True),
+        (lambda: 2, False),
+        (gone, True),
+        (lambda: time.sleep(2) or 2, True),
+    ],
+)
+def test_a_store_that_is_gone_or_silent_keeps_no_rank_from_telling(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[], int], tells: bool
+) -> None:
+    """Silent is that of a machine that has lost its power."""
+
+    class Store:
+        def add(self, key: str, amount: int) -> int:
+            return answer()
+
+    monkeypatch.setattr(distributed, "GRACE", 0.2)
+    ranks = distributed.Ranks()
+    ranks._store = Store()
+    assert ranks.tells() is tells
 
 
 def odd_data(rank: int) -> None:
@@ -409,3 +477,18 @@ def test_torchrun_restarts_them_and_they_go_on(two: Path, tmp_path) -> None:
     config.rdzv_endpoint, config.rdzv_backend, config.run_id = "127.0.0.1:0", "c10d", "test"
     elastic_launch(config, entry)()
     assert_equal(weights_of(tmp_path / "run"), weights_of(two / "run"))
+
+
+@pytest.mark.parametrize(("seed", "codes"), [(0, [0, 0]), (7, [2, 1])])
+def test_a_restart_goes_on_with_its_own_run_alone(
+    two: Path, tmp_path, seed: int, codes: list[int]
+) -> None:
+    def hook(rank: int) -> None:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+    run = tmp_path / "run"
+    shutil.copytree(two / "run", run)
+    torn = start(2, tmp_path, *TINY, "--seed", seed, "--out", run, hook=hook)
+    assert torn.codes == codes
+    refused = "error: out must be a new or empty folder"
+    assert [line.startswith(refused) for line in torn.said] == [True] * (seed != 0)
