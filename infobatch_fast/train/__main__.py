@@ -66,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks) -> None:
     """Train, resume or evaluate, as the command line says."""
+    first, *others = ranks.of_all([*arguments])
+    if unlike := [str(rank) for rank, other in enumerate(others, 1) if other != first]:
+        raise UserError(
+            f"arguments must be the same on all ranks, got others on rank {', '.join(unlike)}"
+        )
     evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
     if evaluated is not None and resumed is not None:
         raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")

@@ -492,3 +492,17 @@ def test_a_restart_goes_on_with_its_own_run_alone(
     assert torn.codes == codes
     refused = "error: out must be a new or empty folder"
     assert [line.startswith(refused) for line in torn.said] == [True] * (seed != 0)
+
+
+@pytest.mark.parametrize(
+    "words", [["--max-lr", "0.1"], ["--checkpoint-every", "3"], ["--epochs", "4"]]
+)
+def test_ranks_of_other_arguments_are_named(tmp_path, words: list[str]) -> None:
+    def hook(rank: int) -> None:
+        run = In.run
+        more = words if rank == 1 else []
+        In.run = lambda given, *rest: run([*given, *more], *rest)
+
+    torn = start(2, tmp_path, *TINY, "--out", tmp_path / "run", hook=hook)
+    assert torn.said == ["error: arguments must be the same on all ranks, got others on rank 1"]
+    assert not (tmp_path / "run").exists()
