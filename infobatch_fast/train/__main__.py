@@ -109,12 +109,13 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
         return
     made = ranks.first and records.make_folder(folder)
     with _held(folder, ranks):
+        if ranks.first:
+            record.check_empty(folder)
         try:
             if ranks.first:
-                record.check_empty(folder)
                 _begin(settings, data, device, folder, ranks.world)
             summary = train(settings, data, folder, None, interrupts, say, ranks)
-        except (UserError, MemoryError, RuntimeError):
+        except Exception:
             if ranks.first:
                 record.discard(folder, made)  # the mended command may name the same folder
             raise

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import infobatch_fast
 from infobatch_fast.errors import UserError
 from infobatch_fast.telemetry import nvml
-from infobatch_fast.train.records import CHECKPOINT, CONFIG, EPOCHS, atomically, doing
+from infobatch_fast.train.records import BAD, CHECKPOINT, CONFIG, EPOCHS, atomically, doing
 
 CHECKPOINT_VERSION = 1
 
@@ -55,7 +56,8 @@ def discard(folder: Path, made: bool) -> None:
     if any((folder / name).exists() for name in (EPOCHS, CHECKPOINT)):
         return
     with suppress(OSError):
-        (folder / CONFIG).unlink(missing_ok=True)
+        for path in chain.from_iterable(map(folder.glob, (CONFIG, BAD, "events.out.tfevents.*"))):
+            path.unlink()
         if made:
             folder.rmdir()
 

@@ -75,6 +75,9 @@ def test_what_is_left_out_is_told_recorded_and_limited(tmp_path: Path, capsys) -
     assert train(tmp_path / "data", "--max-bad-files", 2, "--loader", "torch", "--out", out) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "left out are" in line]
     assert ["1 that" in told[0], "2 that" in told[1], len(told)] == [True, True, 2]
+    few = "--dataset folder --max-bad-files 1 --data-dir data --out run".split()
+    assert "got 1 and 2 that cannot" in fails(capsys, *TINY, *few)
+    assert not out.exists()  # which is free for the mended command
     assert list(json.loads((out / "bad_files.json").read_text())["why"]) == [
         "train/cat/004.jpg",
         "train/cat/003.jpg",

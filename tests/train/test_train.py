@@ -241,6 +241,12 @@ def test_two_processes_do_not_train_in_one_folder(finished: Path, tmp_path, caps
     assert resume(folder) == 0
 
 
+def test_a_folder_with_something_in_it_stays_as_it_is(tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_text("of something else")
+    assert fails(capsys, *TINY, "--out", tmp_path).startswith("out must be a new or empty folder")
+    assert (tmp_path / "config.json").read_text() == "of something else"
+
+
 def test_a_signal_while_data_are_read_is_no_damage(tmp_path, capsys, monkeypatch) -> None:
     def struck(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
