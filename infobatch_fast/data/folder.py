@@ -20,9 +20,9 @@ from torch import Tensor
 from infobatch_fast.data.augment import middle_windows, random_windows
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.data.loader import BatchT, Loader
-from infobatch_fast.data.tree import BadFiles, Tree, read_tree
+from infobatch_fast.data.tree import BadFiles, Tree, read_tree, why_of
 from infobatch_fast.data.workers import PICTURE, Source
-from infobatch_fast.errors import UserError, reason
+from infobatch_fast.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 HELD = 0.25  # of the machine's memory that files may take
@@ -117,7 +117,7 @@ class Files(Source):
             try:
                 return decode(content, window, flip, side), (read, why)
             except Exception as error:  # Pillow raises many kinds
-                why = _why(error)
+                why = why_of(error)
         return decode(GREY, GREY_WINDOW, flip, side), (read, why)
 
     def read(self, row: int) -> tuple[np.ndarray, int, str]:
@@ -131,7 +131,7 @@ class Files(Source):
             if len(content) != self.tree.sizes[row]:
                 raise OSError("changed since it was indexed")
         except OSError as error:
-            return GREY, 0, _why(error)
+            return GREY, 0, why_of(error)
         if self.held is not None:
             self.held[row][:] = content
             self.held.there[row] = 1
@@ -199,10 +199,6 @@ def _memory() -> int:
     with suppress(OSError, ValueError):  # no container, or no limit
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
-
-
-def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or reason(error)
 
 
 def load_folder(

@@ -59,7 +59,7 @@ class Tree(NamedTuple):
 
 
 def read_tree(folder: Path, bad: BadFiles, say: Callable[[str], None]) -> Tree:
-    """Index a folder: look into each file that is not as it was when it was last looked into.
+    """Index a folder: look into each file that is not as it was when it was last found sound.
 
     Files are checked by their signature, size and end, and those that fail are left out.
 
@@ -73,7 +73,8 @@ def read_tree(folder: Path, bad: BadFiles, say: Callable[[str], None]) -> Tree:
             f"{folder} must be a folder that can be read, got {error.strerror}"
         ) from None
     kept = _cache(folder)
-    known = _load(kept)
+    saved = _load(kept)
+    known = dict(saved)
     with ThreadPoolExecutor(THREADS) as threads:
         walked = list(threads.map(partial(_walk, folder), classes))
         keys = [key for each in walked for key in each]
@@ -83,15 +84,16 @@ def read_tree(folder: Path, bad: BadFiles, say: Callable[[str], None]) -> Tree:
         parts = [new[start : start + PART] for start in range(0, len(new), PART)]
         for part, found in zip(parts, threads.map(partial(_check, folder), parts), strict=True):
             known.update(zip(part, found, strict=True))
-    if new or len(known) > len(keys):
-        known = {key: known[key] for key in keys}
-        _save(kept, known)
-    bad.add({f"{folder.name}/{os.fsdecode(k[0])}": known[k][2] for k in keys if known[k][2]})
+    # Not the bad ones: a disk or a decoder may fail today alone.
+    sound = {key: known[key] for key in keys if not known[key][2]}
+    if sound != saved:
+        _save(kept, sound)
+    bad.add({f"{folder.name}/{os.fsdecode(k[0])}": known[k][2] for k in keys if k not in sound})
     good = [
-        (label, key, known[key])
+        (label, key, sound[key])
         for label, each in enumerate(walked)
         for key in each
-        if not known[key][2]
+        if key in sound
     ]
     if not good:
         raise UserError(f"{folder} must hold a folder of images for each class, got no image")
@@ -141,7 +143,8 @@ def _check_file(path: Path) -> Found:
                 return 0, 0, f"{image.format}, not one of {', '.join(FORMATS)}"
             width, height = image.size
             exif = Image.Image.getexif(image)  # a PNG's own would decode it all
-            if exif.get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
+            lies = exif.get(ExifTags.Base.Orientation, 1) >= 5
+            if lies and image.format != "TIFF":  # whose size is as it is shown
                 width, height = height, width
             file.seek(max(0, size - TAIL))
             if ENDS.get(image.format, b"") not in file.read():
@@ -149,8 +152,13 @@ def _check_file(path: Path) -> Found:
     except Image.UnidentifiedImageError:
         return 0, 0, "no image"
     except Exception as error:  # whatever Pillow makes of a damaged head
-        return 0, 0, reason(error)
+        return 0, 0, why_of(error)
     return height, width, ""
+
+
+def why_of(error: Exception) -> str:
+    """What went wrong with a file, without its name."""
+    return getattr(error, "strerror", None) or reason(error)
 
 
 def _cache(folder: Path) -> Path:
@@ -162,9 +170,8 @@ def _cache(folder: Path) -> Path:
 def _load(path: Path) -> dict[Key, Found]:
     """What was found last time; nothing where that cannot be read."""
     with suppress(Exception), open(path, "rb") as file, np.load(file) as saved:
-        names, whys = (bytes(saved[each]).split(b"\0") for each in ("names", "whys"))
-        rows = zip(names, saved["numbers"].tolist(), whys, strict=True)
-        return {(n, size, time): (h, w, why.decode()) for n, (size, time, h, w), why in rows}
+        rows = zip(bytes(saved["names"]).split(b"\0"), saved["sound"].tolist(), strict=True)
+        return {(name, size, time): (h, w, "") for name, (size, time, h, w) in rows}
     return {}
 
 
@@ -174,8 +181,7 @@ def _save(path: Path, known: dict[Key, Found]) -> None:
     np.savez(
         content,
         names=np.frombuffer(b"\0".join(name for name, _, _ in known), np.uint8),
-        whys=np.frombuffer(b"\0".join(why.encode() for _, _, why in known.values()), np.uint8),
-        numbers=np.array([(*k[1:], *v[:2]) for k, v in known.items()], np.int64).reshape(-1, 4),
+        sound=np.array([(*k[1:], *v[:2]) for k, v in known.items()], np.int64).reshape(-1, 4),
     )
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,7 @@ GOOD = {
     "some.bmp": encoded(IMAGE, "BMP"),
     "some.webp": encoded(IMAGE, "WEBP"),
     "some.tif": encoded(IMAGE, "TIFF"),
+    "lying.tif": encoded(IMAGE, "TIFF", exif=lying()),
     "some.ppm": encoded(IMAGE, "PPM"),
 }
 BAD = {
