@@ -39,9 +39,9 @@ def _tensorboard(settings: Config, folder: Path) -> Callable[[dict[str, float], 
 
 
 def _wandb(settings: Config, folder: Path) -> Callable[[dict[str, float], int], None]:
-    """A run of the folder's name, which a resumption goes on with."""
+    """A run of the folder's name, whose id lies in the folder for a resumption to go on with."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     recorded = settings.recorded()
-    run = wandb.init(dir=folder, name=folder.name, id=folder.name, resume="allow", config=recorded)
+    run = wandb.init(dir=folder, name=folder.name, resume="auto", config=recorded)
     return lambda numbers, epoch: run.log(numbers, step=epoch)

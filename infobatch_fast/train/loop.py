@@ -122,7 +122,8 @@ def train(
 
     def stop(signal: int) -> None:
         ranks.leave()
-        raise Interrupted(signal, f"stopped; continue with --resume {folder}")
+        data_dir = f" --data-dir {settings.data_dir}" if settings.data_dir else ""
+        raise Interrupted(signal, f"stopped; continue with --resume {folder}{data_dir}")
 
     told = 0
 
