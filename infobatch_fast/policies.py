@@ -283,7 +283,7 @@ def imported(argument: str, name: str) -> Any:
     sys.path.insert(0, "")  # as `python -m` has it: the user's folder
     try:
         return getattr(import_module(module), function)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise ValueError(f"{argument} {name} cannot be imported: {reason(error)}") from error
     finally:
         sys.path.remove("")

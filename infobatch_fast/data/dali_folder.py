@@ -37,7 +37,7 @@ class DaliFolderLoader(Pipelined):
 
     def _build(self) -> None:
         me, files = weakref.proxy(self), self._files
-        side = files.side if self.augment else files.test_side
+        side = files.sides[0] if self.augment else files.test_side
         self._pipeline = self._new_pipeline(self.batch_size, max(1, files.workers))
         with self._pipeline:
             encoded, anchor, shape, flip = fn.external_source(

@@ -77,9 +77,10 @@ class Dataset:
         return drawn.to(self.labels.device)
 
     @property
-    def side(self) -> int:
-        """Of training images, in pixels."""
-        return self.images.shape[1] if isinstance(self.images, Tensor) else self.images.side
+    def sides(self) -> tuple[int, int]:
+        """Height and width of training images, in pixels."""
+        one = self.images
+        return (one.shape[1], one.shape[2]) if isinstance(one, Tensor) else one.sides
 
     @property
     def bad(self) -> Any:

@@ -105,7 +105,7 @@ class Files(Source):
     ) -> list[Any]:
         """Row, window, flip and side, each."""
         windows, flips = self.windows(numbers, seed, epoch, positions, augment)
-        side = self.side if augment else self.test_side
+        side = self.sides[0] if augment else self.test_side
         columns = self.rows[numbers].tolist(), windows.tolist(), flips.tolist()
         return [(*pick, side) for pick in zip(*columns, strict=True)]
 
@@ -242,7 +242,7 @@ def load_folder(
             rows=torch.arange(len(tree.names)),
             workers=workers,
             tree=tree,
-            side=side,
+            sides=(side, side),
             test_side=test_side,
             bad=bad,
             lost=_shared(len(tree.names)),

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from infobatch_fast.data.augment import augmentation
 from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader
+from infobatch_fast.errors import UserError, reason
 
 PICTURE = 64  # pixels a side of what a run's record shows
 
@@ -119,13 +120,13 @@ class Source:
 
     Attributes:
         rows: (N,) int64 on the host, which of all those that there are.
-        side: of training images, in pixels.
+        sides: height and width of training images, in pixels.
         device: that batches are made on.
         workers: processes, or threads of DALI's, that fetch.
     """
 
     rows: Tensor
-    side: int
+    sides: tuple[int, int]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int = 0
 
@@ -177,9 +178,13 @@ class Mapped(Source):
 
     What its transforms draw, from torch's, numpy's or Python's generator, is a function of (seed,
     epoch, position).
+
+    Attributes:
+        name: of what made it.
     """
 
     dataset: Any
+    name: str
 
     def picks(
         self, numbers: Tensor, seed: int, epoch: int, positions: Tensor, augment: bool
@@ -190,19 +195,32 @@ class Mapped(Source):
         return list(zip(self.rows[numbers].tolist(), seeds.tolist(), strict=True))
 
     def fetch(self, pick: Any) -> tuple[Any, Any]:
-        """An image as the data set gives it."""
+        """A sample's image, float32, and what went wrong."""
         row, seed = pick
         if get_worker_info() is not None:  # else the generators are the user's
             for generator in (torch.manual_seed, np.random.seed, random.seed):
                 generator(seed)
-        return torch.as_tensor(self.dataset[row][0]), None
+        shape = (3, *self.sides)
+        try:
+            image = torch.as_tensor(self.dataset[row][0], dtype=torch.float32)
+        except Exception as error:  # of the user's code
+            return torch.zeros(shape), f"sample {row}: {type(error).__name__}: {reason(error)}"
+        if image.shape != shape:
+            return torch.zeros(shape), f"sample {row}: an image of shape {tuple(image.shape)}"
+        return image, ""
+
+    def note(self, numbers: Tensor, notes: list[Any]) -> None:
+        """UserError if a sample could not be had."""
+        if failed := [note for note in notes if note]:
+            shape = (3, *self.sides)
+            raise UserError(f"dataset {self.name} must give images of {shape}, got {failed[0]}")
 
     def pictures(self, numbers: Tensor) -> Tensor:
         """From black to white, whatever the normalisation."""
-        images = torch.stack([torch.as_tensor(self.dataset[row][0]) for row in self.rows[numbers]])
+        images = torch.stack([self.fetch((row, 0))[0] for row in self.rows[numbers].tolist()])
         low, high = images.amin((1, 2, 3), True), images.amax((1, 2, 3), True)
         images = 255 * (images - low) / (high - low).clamp(min=1e-6)
-        return F.interpolate(images.float(), (PICTURE, PICTURE)).byte().permute(0, 2, 3, 1)
+        return F.interpolate(images, (PICTURE, PICTURE)).byte().permute(0, 2, 3, 1)
 
     def fingerprint(self) -> bytes:
         """Of the samples' numbers: the images would all have to be made."""

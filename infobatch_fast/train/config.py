@@ -297,8 +297,11 @@ def settle(config: Config, dataset: str, device: str, processes: int) -> Config:
     if config.sync_batch_norm and device != "cuda":
         raise UserError("sync_batch_norm must be off on a CPU, got --sync-batch-norm")
     whole = config.whole_batches or config.compile or config.graph or processes > 1
-    loader = "torch" if ":" in dataset and config.loader == "auto" else config.loader
-    return replace(config, dataset=dataset, device=device, whole_batches=whole, loader=loader)
+    if ":" not in dataset:
+        return replace(config, dataset=dataset, device=device, whole_batches=whole)
+    if config.loader == "dali":
+        raise UserError("loader must be torch where a data set is one's own, got dali")
+    return replace(config, dataset=dataset, device=device, whole_batches=whole, loader="torch")
 
 
 def spent(config: Config) -> Config:

@@ -8,8 +8,10 @@ from infobatch_fast.train.own import own_model
 LARGE = 64  # pixels a side from which ResNets have torchvision's own stem
 
 
-def make_model(name: str, num_classes: int = 10, side: int = 32, *, seed: int = 0) -> nn.Module:
-    """A network from images (B, 3, side, side) to logits (B, C), on the CPU in float32.
+def make_model(
+    name: str, num_classes: int = 10, sides: tuple[int, int] = (32, 32), *, seed: int = 0
+) -> nn.Module:
+    """A network from images (B, 3, H, W) of these sides to logits (B, C), on the CPU in float32.
 
     The ResNets (He et al. 2016, arXiv:1512.03385) are torchvision's, below `LARGE` pixels with a
     3x3 stem of stride 1 and no max-pool, so a state_dict loads into a torchvision model changed in
@@ -20,11 +22,11 @@ def make_model(name: str, num_classes: int = 10, side: int = 32, *, seed: int = 
     if ":" in name:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            return own_model(name, num_classes)
+            return own_model(name, num_classes, sides)
     # Built without storage: torchvision's own initialisation draws nothing and costs nothing.
     with torch.device("meta"):
         small = name == "small"
-        model = SmallResNet(num_classes) if small else _resnet(name, num_classes, side)
+        model = SmallResNet(num_classes) if small else _resnet(name, num_classes, min(sides))
     model.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

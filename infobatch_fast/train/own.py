@@ -20,15 +20,32 @@ def called(argument: str, name: str, *arguments: Any) -> Any:
         raise UserError(str(error)) from error
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {reason(error)}"
         raise UserError(f"{argument} {name} failed: {what}") from error
 
 
-def own_model(name: str, num_classes: int) -> nn.Module:
-    """`timm:NAME` untrained, or what `module:function` makes of the number of classes."""
-    if not name.startswith("timm:"):
-        return called("model", name, num_classes)
+def own_model(name: str, num_classes: int, sides: tuple[int, int]) -> nn.Module:
+    """`timm:NAME` untrained, or what `module:function` makes of the number of classes.
+
+    It is tried on two black images of these sides.
+    """
+    timm = name.startswith("timm:")
+    model = _of_timm(name, num_classes) if timm else called("model", name, num_classes)
+    shape = (2, 3, *sides)
+    try:
+        with torch.no_grad():
+            got = tuple(model.eval()(torch.zeros(shape)).shape)
+        if not any(each.requires_grad for each in model.parameters()):
+            got = "none that is trained"
+    except Exception as error:
+        got = f"{type(error).__name__}: {reason(error)}"
+    if got != (wanted := (2, num_classes)):
+        raise UserError(f"model {name} must make logits {wanted} of images {shape}, got {got}")
+    return model.train()
+
+
+def _of_timm(name: str, num_classes: int) -> nn.Module:
     try:
         import timm
     except ImportError:
@@ -48,21 +65,25 @@ def own_dataset(name: str, data_dir: Path, workers: int) -> Dataset:
     splits = called("dataset", name, data_dir)
     try:
         train, test = splits
-        images, labels = _images_and_labels(train, workers)
-        test_images, test_labels = _images_and_labels(test, workers)
+        classes = getattr(train, "classes", None)
+        images, labels = _images_and_labels(name, train, workers)
+        test_images, test_labels = _images_and_labels(name, test, workers)
+        number = len(classes) if classes else int(labels.max()) + 1
+        for each in torch.cat([labels, test_labels]).aminmax():
+            if not 0 <= each < number:
+                raise ValueError(f"a label {each} of {number} classes")
     except Exception as error:
         raise UserError(
             f"dataset {name} must give two data sets of (image, label) with targets, got "
             f"{type(error).__name__}: {reason(error)}"
         ) from error
-    classes = getattr(train, "classes", None)
     return Dataset(
         name,
         images,
         labels,
         test_images,
         test_labels,
-        num_classes=len(classes) if classes else int(labels.max()) + 1,
+        num_classes=number,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         source="files",
@@ -70,11 +91,20 @@ def own_dataset(name: str, data_dir: Path, workers: int) -> Dataset:
     )
 
 
-def _images_and_labels(dataset: Any, workers: int) -> tuple[Mapped, Tensor]:
-    labels = torch.as_tensor(dataset.targets, dtype=torch.int64)
+def _images_and_labels(name: str, dataset: Any, workers: int) -> tuple[Mapped, Tensor]:
+    labels, number = torch.as_tensor(dataset.targets), len(dataset)
+    if labels.shape != (number,) or labels.is_floating_point():
+        raise ValueError(f"targets {labels.dtype} of shape {tuple(labels.shape)} for {number}")
     image, _ = dataset[0]
+    image = torch.as_tensor(image)
     if image.dim() != 3 or len(image) != 3 or not image.is_floating_point():
         raise ValueError(f"an image {image.dtype} of shape {tuple(image.shape)}")
-    rows = torch.arange(len(dataset))
-    mapped = Mapped(rows=rows, side=image.shape[-1], workers=workers, dataset=dataset)
-    return mapped, labels
+    _, height, width = image.shape
+    mapped = Mapped(
+        rows=torch.arange(number),
+        sides=(height, width),
+        workers=workers,
+        dataset=dataset,
+        name=name,
+    )
+    return mapped, labels.long()

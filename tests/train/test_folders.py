@@ -53,8 +53,10 @@ def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Ledger, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(data, *options, "--out", tmp_path / "parts")
+    assert train(data, *options, "--out", tmp_path / "parts") == 130
+    again = f"--resume {tmp_path / 'parts'} --data-dir {data}"
+    assert capsys.readouterr().err.strip() == f"stopped; continue with {again}"
+    assert saved[-1][1:] == (2,)
     monkeypatch.setattr(Ledger, "save", save)
     other = make_tree(tmp_path / "other", train=9)
     message = fails(capsys, "--resume", tmp_path / "parts", "--data-dir", other)
@@ -73,12 +75,12 @@ def test_what_is_left_out_is_told_recorded_and_limited(tmp_path: Path, capsys) -
         "train/cat/004.jpg (no image)"
     )
     out = tmp_path / "run"
-    assert train(tmp_path / "data", "--max-bad-files", 2, "--loader", "torch", "--out", out) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "left out are" in line]
-    assert ["1 that" in told[0], "2 that" in told[1], len(told)] == [True, True, 2]
     few = "--dataset folder --max-bad-files 1 --data-dir data --out run".split()
     assert "got 1 and 2 that cannot" in fails(capsys, *TINY, *few)
     assert not out.exists()  # which is free for the mended command
+    assert train(tmp_path / "data", "--max-bad-files", 2, "--loader", "torch", "--out", out) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "left out are" in line]
+    assert ["1 that" in told[0], "2 that" in told[1], len(told)] == [True, True, 2]
     assert list(json.loads((out / "bad_files.json").read_text())["why"]) == [
         "train/cat/004.jpg",
         "train/cat/003.jpg",
@@ -117,6 +119,7 @@ def test_imagenet_is_the_recipe_of_its_issue() -> None:
             "model os:getcwd failed: TypeError",
         ),
         ("--dataset os:listdir --data-dir .", "dataset os:listdir must give two data sets"),
+        (f"--dataset {__name__}:own_data --data-dir some --loader dali", "loader must be torch"),
     ],
 )
 def test_a_mistake_is_one_line(words: str, message: str, capsys) -> None:
@@ -130,15 +133,16 @@ def test_a_mistake_is_one_line(words: str, message: str, capsys) -> None:
 class Own(torch.utils.data.Dataset):
     classes = ("dark", "bright", "neither")
 
-    def __init__(self, number: int) -> None:
-        self.targets = [i % 3 for i in range(number)]
+    def __init__(self, number: int, targets: Any = None, widths: Any = None) -> None:
+        self.targets = targets or [i % 3 for i in range(number)]
+        self.number, self.widths = number, widths or {}
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return self.number
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
         label = self.targets[number]
-        return torch.randn(3, 12, 12) + label, label
+        return torch.randn(3, 12, self.widths.get(number, 14)).double() + label, label
 
 
 def own_data(folder: Path) -> tuple[Own, Own]:
@@ -147,7 +151,47 @@ def own_data(folder: Path) -> tuple[Own, Own]:
 
 
 def own_network(num_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, num_classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 14, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"targets": [0, 1]}, "got ValueError: targets torch.int64 of shape (2,) for 24"),
+        ({"targets": [0.5] * 24}, "got ValueError: targets torch.float32 of shape (24,) for 24"),
+        ({"targets": [3] * 24}, "got ValueError: a label 3 of 3 classes"),
+        ({"targets": [-1] * 24}, "got ValueError: a label -1 of 3 classes"),
+        ({"widths": {7: 13}}, "of (3, 12, 14), got sample 7: an image of shape (3, 12, 13)"),
+        ({"widths": {7: "x"}}, "must give images of (3, 12, 14), got sample 7: TypeError"),
+    ],
+)
+def test_a_mistake_in_own_data_is_one_line(data, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "made", lambda folder: (Own(24, **data), Own(9)))
+    words = f"--dataset {__name__}:made --data-dir some --out run".split()
+    assert message in fails(capsys, *TINY, *words)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda classes: None, "AttributeError"),
+        (lambda classes: own_network(classes + 1), "(2, 4)"),
+        (lambda classes: nn.Linear(5, classes), "RuntimeError: mat1"),
+        (lambda classes: own_network(classes).requires_grad_(False), "none that is trained"),
+        (lambda classes: sys.exit(3), "SystemExit: 3"),
+    ],
+)
+def test_a_mistake_in_an_own_network_is_one_line(network, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "made", network)
+    words = f"--dataset {__name__}:own_data --data-dir some --model {__name__}:made --out run"
+    told = fails(capsys, *TINY, *words.split())
+    asked = f"model {__name__}:made must make logits (2, 3) of images (2, 3, 12, 14), got {message}"
+    assert told.startswith((asked, f"model {__name__}:made failed: {message}"))
+    assert not Path("run").exists()
+
+
+made: Any = None  # by a test
 
 
 def test_own_data_and_an_own_network(tmp_path: Path, capsys) -> None:
@@ -196,11 +240,11 @@ def test_weights_and_biases_have_the_epochs_of_a_run(tmp_path: Path, monkeypatch
 def test_networks_of_timm_and_of_torchvision_itself() -> None:
     pytest.importorskip("timm")
     before = torch.get_rng_state()
-    one, again = (make_model("timm:resnet10t", 7, 64, seed=3).state_dict() for _ in range(2))
+    one, again = (make_model("timm:resnet10t", 7, (64, 64), seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert torch.equal(torch.get_rng_state(), before)
     assert one["fc.bias"].shape == (7,)
     theirs: Any = models.resnet18(num_classes=7)
-    theirs.load_state_dict(make_model("r18", 7, 64).state_dict())
+    theirs.load_state_dict(make_model("r18", 7, (64, 80)).state_dict())
     assert theirs.conv1.stride == (2, 2)
-    assert make_model("r18", 7, 63).get_submodule("conv1").stride == (1, 1)
+    assert make_model("r18", 7, (64, 63)).get_submodule("conv1").stride == (1, 1)

@@ -294,7 +294,7 @@ def test_settings_reach_what_they_are_for(tmp_path, monkeypatch) -> None:
     assert kwargs == {**pruning, "seed": 7, "device": torch.device("cpu"), "group": None}
     args, kwargs = seen["make_loader"]
     assert (args[0], args[3], kwargs["seed"]) == ("torch", 20, 7)
-    assert seen["make_model"] == (("small", 10, 32), {"seed": 7})
+    assert seen["make_model"] == (("small", 10, (32, 32)), {"seed": 7})
     args, kwargs = seen["make_optimizer"]
     assert (args[0], kwargs) == ("lars", {"lr": 0.05, "weight_decay": 0.25})
     kwargs = seen["TrainStep"][1]
