@@ -30,12 +30,12 @@ class Pipelined(Loader):
     _indices: Tensor | None = None  # (K - first,): of the iteration served
     _serving: object = None  # that iteration
 
-    def _new_pipeline(self, batch_size: int, threads: int) -> Pipeline:
+    def _new_pipeline(self, batch_size: int, threads: int, prefetch: int = PREFETCH) -> Pipeline:
         return Pipeline(
             batch_size=batch_size,
             num_threads=threads,
             device_id=self._device.index,  # None on the CPU
-            prefetch_queue_depth=PREFETCH,
+            prefetch_queue_depth=prefetch,
         )
 
     def _normalised(self, pixels: Any, flip: Any, **crop: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch import Tensor
 
@@ -24,8 +25,8 @@ class DaliFolderLoader(Pipelined):
     Pixels before the resizing are Pillow's on a CPU; after it they differ by rounding. A GPU's
     decoder rounds otherwise, and smooths colours less.
 
-    A batch with a file that DALI cannot decode ends its pipeline. The file is then found by
-    halves, a grey image of weight 0 takes its place from here on, and a new pipeline goes on.
+    A batch with a file that DALI cannot decode ends its pipeline. The file is then looked for, a
+    grey image of weight 0 takes its place from here on, and a new pipeline goes on.
     """
 
     smooth = False  # colours as on a CPU: slower on a GPU, and for comparisons
@@ -118,25 +119,27 @@ class DaliFolderLoader(Pipelined):
             self._build()
 
     def _undecodable(self, numbers: Tensor) -> dict[int, str]:
-        """Which of these samples DALI fails at, by halves, and what Pillow says of them."""
-        if len(numbers) == 0 or self._decodes(numbers):
-            return {}
-        if len(numbers) == 1:
-            pick = int(self._files.rows[numbers[0]]), GREY_WINDOW, False, 1
-            _, (_, why) = self._files.fetch(pick)
-            return {int(numbers[0]): why or "not decoded by DALI"}
-        first, second = numbers.tensor_split(2)
-        return self._undecodable(first) | self._undecodable(second)
+        """Which of these samples DALI fails at, one by one, and what Pillow says of them.
 
-    def _decodes(self, numbers: Tensor) -> bool:
-        contents = [content for content, _, _ in self._read(self._files.rows[numbers])]
-        pipeline = self._new_pipeline(len(numbers), 1)
+        By itself a sample's failure leaves no work behind: that of its batch crashed DALI 2.4.
+        """
+        found, pipeline = {}, None
+        rows = self._files.rows[numbers].tolist()
+        for number, row in zip(numbers.tolist(), rows, strict=True):
+            pipeline = pipeline or self._decoder()
+            try:
+                pipeline.feed_input("encoded", [self._files.read(row)[0]])
+                pipeline.run()
+            except RuntimeError:
+                pipeline = None
+                _, (_, why) = self._files.fetch((row, GREY_WINDOW, False, 1))
+                found[number] = why or "not decoded by DALI"
+        return found
+
+    def _decoder(self) -> Pipeline:
+        pipeline = self._new_pipeline(1, 1, prefetch=1)
         with pipeline:
-            encoded = fn.external_source(lambda: contents, dtype=DALIDataType.UINT8, ndim=1)
+            encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
             pipeline.set_outputs(fn.decoders.image(encoded, **self._decoding()))
         pipeline.build()
-        try:
-            pipeline.run()
-        except RuntimeError:
-            return False
-        return True
+        return pipeline

@@ -235,6 +235,20 @@ def test_a_file_that_fails_is_left_out_and_named(kind: str, broken: str, tmp_pat
     assert data.bad.why["train/cat/004.jpg"].startswith(why[broken])
 
 
+@needs_dali
+def test_a_head_that_dali_alone_refuses_ends_no_process(tmp_path: Path) -> None:
+    jpeg = GOOD["jpeg.jpg"]
+    head = jpeg.index(b"\xff\xdb")
+    write(make_tree(tmp_path, train=60), {"train/cat/004.jpg": jpeg[:head] + b"\0\0" + jpeg[head:]})
+    data = load(tmp_path, max_bad_files=1, workers=1)
+    ours = loader("dali", data, 20)
+    for number in range(3):
+        batches = [batch for *_, batch in epoch(ours, plan_of(data, 120, number))]
+        lost = torch.cat([batch.indices[batch.weights == 0] for batch in batches])
+        assert lost.tolist() == [4]
+    assert data.bad.why == {"train/cat/004.jpg": "not decoded by DALI"}
+
+
 @either
 def test_too_many_that_fail_end_it(kind: str, tmp_path: Path) -> None:
     names = ("train/cat/002.jpg", "train/dog/007.jpg", "val/dog/001.jpg")
