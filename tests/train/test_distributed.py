@@ -1,5 +1,6 @@
 """Several processes of the trainer, as torchrun starts them: forked, on gloo."""
 
+import faulthandler
 import io
 import json
 import math
@@ -85,6 +86,7 @@ def worker(rank: int, folder: Path, words: list[str], hook: Hook) -> None:
     )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+    faulthandler.dump_traceback_later(30)  # of what hangs, before `start` kills it
     try:
         after = hook(rank)
         code = main(words)
@@ -104,14 +106,24 @@ def child(rank: int, world: int, port: int, folder: Path, words: list[str], hook
     worker(rank, folder, words, hook)
 
 
+def serve(pipe: Any) -> None:
+    """The store that torchrun has, its agent being a process of its own."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    signal.pause()
+
+
 def start(world: int, folder: Path, *words: object, hook: Hook = nothing) -> Torn:
     """The trainer in so many processes, to their end."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
     folder.mkdir(exist_ok=True)
     context: Any = multiprocessing.get_context("fork")
-    given = [*map(str, words)]
+    # In a process of its own: ranks forked beside its thread now and then hang, holding its locks.
+    ours, its = context.Pipe()
+    store = context.Process(target=serve, args=(its,))
+    store.start()
+    port, given = ours.recv(), [*map(str, words)]
     every = [
-        context.Process(target=child, args=(rank, world, store.port, folder, given, hook))
+        context.Process(target=child, args=(rank, world, port, folder, given, hook))
         for rank in range(world)
     ]
     for each in every:
@@ -119,7 +131,7 @@ def start(world: int, folder: Path, *words: object, hook: Hook = nothing) -> Tor
     for each in every:
         each.join(40)
     hanging = [rank for rank, each in enumerate(every) if each.is_alive()]
-    for each in every:
+    for each in (*every, store):
         each.kill()
     torn = Torn([each.exitcode for each in every], folder)
     assert not hanging, (hanging, torn.err)
