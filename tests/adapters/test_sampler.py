@@ -127,11 +127,9 @@ def test_batches_out_of_order_keep_their_own_weights() -> None:
         assert sorted(order) == sorted(infobatch.plan.indices.tolist())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_indices_and_weights_come_from_a_worker_without_a_shared_file(method: str) -> None:
-    how: Any = {"num_workers": 1, "multiprocessing_context": method}
-    for samples, batch in make().loader(Samples(), B, **how):
+def test_indices_and_weights_come_from_a_worker_without_a_shared_file() -> None:
+    for samples, batch in make().loader(Samples(), B, num_workers=1):
         assert samples[0].is_shared()
         assert not batch.indices.is_shared()
         assert not batch.weights.is_shared()
