@@ -16,13 +16,14 @@ OPTIMIZERS = ("sgd", "adam", "lars", "lamb")
 # Elements of a block of `_Flat`. One coefficient a block keeps the index that spreads the trust
 # ratios at 1/64 of the parameters' size, and each tensor aligned for vector loads.
 BLOCK = 64
+BETA2, EPS, MAX_TRUST = 0.999, 1e-6, 10.0  # of LAMB
 
 
 class _Layerwise(torch.optim.Optimizer):
-    """What LARS and LAMB share; the parameters are dense float32.
+    """What LARS and LAMB share; the parameters are dense float32, in one group.
 
     - State is allocated with the parameters, and `load_state_dict` writes into it, into learning
-      rate and momentum, so a captured CUDA graph stays valid. These two may be 0-dim tensors, which
+      rate and momentum, so a captured CUDA graph stays valid. These two are 0-dim tensors, which
       may change between replays; all else is fixed at capture.
     - Every parameter that requires a gradient has one in each step.
     - `found_inf`, an attribute set before `step`, a float32 tensor () or (1,) on the device: where
@@ -32,49 +33,34 @@ class _Layerwise(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     _slots: tuple[str, ...] = ()
 
-    def __init__(
-        self, params: ParamsT, lr: float | Tensor, momentum: float | Tensor, **rest: float
-    ):
-        self._forms: list[tuple[Any, list[Tensor]]] = []  # of each group, and its parameters
+    def __init__(self, params: ParamsT, lr: Tensor, momentum: Tensor, **rest: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, **rest})
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does, and allocates its state."""
-        super().add_param_group(param_group)
-        *_, group = self.param_groups
-        params = [p for p in group["params"] if p.requires_grad and p.numel()]
-        for p in params:
+        (self._group,) = self.param_groups
+        self._params = [p for p in self._group["params"] if p.requires_grad and p.numel()]
+        for p in self._params:
             for slot in self._slots:
                 like = p.new_empty(()) if slot == "step" else p
                 self.state[p][slot] = torch.zeros_like(like, requires_grad=False)
-        self._forms.append((self._form(params), params))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads into the tensors that are there."""
-        state, groups = self.state, self.param_groups
+        state = self.state
         super().load_state_dict(state_dict)
-        loaded, loaded_groups = self.state, self.param_groups
-        self.state, self.param_groups = state, groups
+        loaded, (group,) = self.state, self.param_groups
+        self.state, self.param_groups = state, [self._group]
         for p, slots in state.items():
             for slot, value in slots.items():
                 value.copy_(loaded[p][slot])
-        for group, other in zip(groups, loaded_groups, strict=True):
-            for name in group.keys() - {"params"}:
-                mine, value = group[name], other[name]
-                group[name] = mine.copy_(value) if isinstance(mine, Tensor) else value
+        for name in self._group.keys() - {"params"}:
+            mine, value = self._group[name], group[name]
+            self._group[name] = mine.copy_(value) if isinstance(mine, Tensor) else value
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step from the gradients."""
-        every = zip(self._forms, self.param_groups, strict=True)
-        self._take([(form, group, [p.grad for p in params]) for (form, params), group in every])
+        self._step([p.grad for p in self._params])
 
-    def _form(self, params: list[Tensor]) -> Any:
-        """What steps the parameters of a group."""
-        return _Flat(params)
-
-    def _take(self, work: list[tuple[Any, dict[str, Any], Any]]) -> None:
-        """Steps by (form, group, gradients)."""
+    def _step(self, grads: list[Any]) -> None:
         raise NotImplementedError
 
 
@@ -99,91 +85,72 @@ class LARS(_Layerwise):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: Tensor,
         *,
-        momentum: float | Tensor = 0.9,
+        momentum: Tensor,
         weight_decay: float = 5e-4,
         eta: float = 0.001,
         max_trust: float = 50.0,
         clip: float = 10.0,
         fused: bool = True,
     ):
-        self.fused = fused
         numbers = {"weight_decay": weight_decay, "eta": eta, "max_trust": max_trust, "clip": clip}
         super().__init__(params, lr, momentum, **numbers)
+        kernels = triton_kernels(self._params[0].device) if fused else None
+        momenta = [self.state[p]["momentum_buffer"] for p in self._params]
+        form: Any = _ForeachLars if kernels is None else kernels.lars
+        self._form = form(self._params, momenta)
 
-    def _form(self, params: list[Tensor]) -> Any:
-        kernels = triton_kernels(params[0].device) if self.fused else None
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
-        return _ForeachLars(params, momenta) if kernels is None else kernels.lars(params, momenta)
-
-    def _take(self, work: list[tuple[Any, dict[str, Any], Any]]) -> None:
+    def _step(self, grads: list[Any]) -> None:
         mark = self.found_inf if self.finds_inf else None
         if mark is not None:
             mark.zero_()
-        for form, _, grads in work:
-            form.measure(grads, self.grad_scale, mark)
-        for form, group, grads in work:
-            names = ("weight_decay", "eta", "max_trust", "clip")
-            rates = (_scalar(group[name], grads[0].device) for name in ("lr", "momentum"))
-            form.update(*rates, **{name: group[name] for name in names}, found=self.found_inf)
+        self._form.measure(grads, self.grad_scale, mark)
+        names = ("lr", "momentum", "weight_decay", "eta", "max_trust", "clip")
+        self._form.update(**{name: self._group[name] for name in names}, found=self.found_inf)
 
 
 class LAMB(_Layerwise):
     """Layer-wise adaptive moments, arXiv:1904.00962 algorithm 2, with bias correction.
 
     For each tensor w: u = Adam's direction + weight_decay w; trust = |w| / |u|, 1 where a norm
-    is 0, at most `max_trust`; w -= lr * trust * u. Adam's beta1 is `momentum`.
+    is 0, at most `MAX_TRUST`; w -= lr * trust * u. Adam's beta1 is `momentum`.
     """
 
     _slots = ("step", "exp_avg", "exp_avg_sq")
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor,
-        *,
-        momentum: float | Tensor = 0.9,
-        beta2: float = 0.999,
-        eps: float = 1e-6,
-        weight_decay: float = 5e-4,
-        max_trust: float = 10.0,
-    ):
-        numbers = {"beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, lr, momentum, **numbers, max_trust=max_trust)
+    def __init__(self, params: ParamsT, lr: Tensor, *, momentum: Tensor, weight_decay: float):
+        super().__init__(params, lr, momentum, weight_decay=weight_decay)
+        self._flat = _Flat(self._params)
 
-    def _take(self, work: list[tuple[Any, dict[str, Any], Any]]) -> None:
-        for arguments in work:
-            self._step(*arguments)
-
-    def _step(self, flat: "_Flat", group: dict[str, Any], grads: list[Tensor]) -> None:
+    def _step(self, grads: list[Any]) -> None:
+        flat, group = self._flat, self._group
         steps, means, squares = ([self.state[p][slot] for p in flat.params] for slot in self._slots)
-        beta1, lr = (_scalar(group[name], grads[0].device) for name in ("momentum", "lr"))
-        beta2 = group["beta2"]
+        beta1, lr = group["momentum"], group["lr"]
         taken = torch.ones_like(lr)
         if self.found_inf is not None:
             taken = (self.found_inf.reshape(()) == 0).to(taken)
-        keep1, keep2 = (torch.where(taken != 0, beta, 1.0) for beta in (beta1, beta2))
+        keep1, keep2 = (torch.where(taken != 0, beta, 1.0) for beta in (beta1, BETA2))
         torch._foreach_copy_(flat.views, grads)
         flat.blocks.masked_fill_(taken == 0, 0.0)  # multiplied, NaN would stay
         torch._foreach_add_(steps, [taken] * len(steps))
         torch._foreach_mul_(squares, keep2)
-        torch._foreach_addcmul_(squares, flat.views, flat.views, value=1 - beta2)
+        torch._foreach_addcmul_(squares, flat.views, flat.views, value=1 - BETA2)
         flat.blocks.mul_(1 - beta1)
         torch._foreach_mul_(means, keep1)
         torch._foreach_add_(means, flat.views)
         # In float64, since 1 - 0.999 loses four digits of seven. At least one step is counted: a
         # skipped first step would give 0 / 0.
         count = torch.stack(steps).clamp(min=1.0).double()
-        first, second = 1 - beta1.double() ** count, 1 - beta2**count
+        first, second = 1 - beta1.double() ** count, 1 - BETA2**count
         torch._foreach_copy_(flat.views, squares)
         flat.blocks.sqrt_().mul_(flat.spread(first / second.sqrt()))
-        flat.blocks.add_(flat.spread(group["eps"] * first)).reciprocal_()
+        flat.blocks.add_(flat.spread(EPS * first)).reciprocal_()
         torch._foreach_mul_(flat.views, means)
         torch._foreach_add_(flat.views, flat.params, alpha=group["weight_decay"])
         weight, update = _norms(flat.params), _norms(flat.views)
         trust = (weight / update).masked_fill_((weight == 0) | (update == 0), 1.0)
-        rate = lr * trust.clamp_(max=group["max_trust"])
+        rate = lr * trust.clamp_(max=MAX_TRUST)
         flat.blocks.mul_(flat.spread(rate.masked_fill_(taken == 0, 0.0)))
         torch._foreach_sub_(flat.params, flat.views)
 
@@ -263,26 +230,21 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors))
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
-
-
 def make_optimizer(
     name: str,
     model: nn.Module,
     *,
     lr: float,
     weight_decay: float,
-    momentum: float = 0.9,
     fused: bool = True,
 ) -> torch.optim.Optimizer:
     """One of `OPTIMIZERS` for all of the model's parameters; each honours `found_inf`.
 
     Move the model to its device, dtype and memory format first. LARS and LAMB hold learning rate
     and momentum as tensors, so a CUDA graph may capture them; SGD (without Nesterov) and Adam hold
-    numbers. The momentum is beta1 of Adam and LAMB; `fused` is for LARS.
+    numbers. The momentum, beta1 of Adam and LAMB, is `set_schedule`'s; `fused` is for LARS.
     """
-    params = list(model.parameters())
+    params, momentum = list(model.parameters()), 0.9
     if name == "sgd":
         options = {"momentum": momentum, "weight_decay": weight_decay, "fused": True}
         sgd = torch.optim.SGD(params, lr=lr, **options)
