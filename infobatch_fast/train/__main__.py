@@ -9,7 +9,7 @@ if __name__ == "__main__":
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -66,11 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks) -> None:
     """Train, resume or evaluate, as the command line says."""
-    first, *others = ranks.of_all([*arguments])
-    if unlike := [str(rank) for rank, other in enumerate(others, 1) if other != first]:
-        raise UserError(
-            f"arguments must be the same on all ranks, got others on rank {', '.join(unlike)}"
-        )
+    ranks.agree([*arguments], "arguments must be the same")
     evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
     if evaluated is not None and resumed is not None:
         raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")
@@ -105,7 +101,7 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
         lambda: (folder, ranks.restarts > 0 and _begun(folder, settings))
     )
     if begun:
-        _go_on(settings, lambda: data, folder, interrupts, say, ranks)
+        _go_on(settings, data, folder, interrupts, say, ranks)
         return
     made = ranks.first and records.make_folder(folder)
     with _held(folder, ranks):
@@ -151,18 +147,12 @@ def resume(
         raise UserError(f"resume must be a run's folder, with config.json in it, got {folder}")
     recorded = ranks.from_first(lambda: _recorded(folder))
     settings = config.of_run(arguments, recorded, "resume")
-
-    def data() -> Dataset:
-        data, _ = _prepared(settings, say, ranks)
-        _check(settings, data, ranks)
-        return data
-
-    _go_on(settings, data, folder, interrupts, say, ranks)
+    _go_on(settings, None, folder, interrupts, say, ranks)
 
 
 def _go_on(
     settings: Config,
-    load: Callable[[], Dataset],
+    data: Dataset | None,
     folder: Path,
     interrupts: Interrupts,
     say: Say,
@@ -176,7 +166,9 @@ def _go_on(
             )
         else:
             saved = ranks.from_first(lambda: _saved(folder, say))
-            data = load()
+            if data is None:
+                data, _ = _prepared(settings, say, ranks)
+                _check(settings, data, ranks)
             if ranks.first:
                 known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
                 if known is not None and data.fingerprint() != known:
@@ -205,11 +197,7 @@ def _prepared(
     with ranks.first_here():
         data = load_data(settings, device, say, stand_in=stand_in, processes=ranks.local_world)
     if ranks.world > 1:
-        first, *others = ranks.of_all(data.fingerprint())
-        if unlike := [str(rank) for rank, other in enumerate(others, 1) if other != first]:
-            raise UserError(
-                f"data_dir must hold the same data on all ranks, got others on {', '.join(unlike)}"
-            )
+        ranks.agree(data.fingerprint(), "data_dir must hold the same data")
     return data, device
 
 
@@ -259,27 +247,33 @@ def load_data(
         stand_in: whether `quick`, if no data set was named, may take a synthetic one, loudly.
         processes: that share this machine's cores and memory.
     """
+    data = _found(settings, device, say, stand_in, processes).part(settings.data_fraction)
+    if settings.validation >= (samples := data.labels.numel()):
+        raise UserError(
+            f"validation must be below the {samples} training images, got {settings.validation}"
+        )
+    data = data.with_validation(settings.validation)
+    return data.with_label_noise(settings.label_noise, settings.seed).to(device)
+
+
+def _found(
+    settings: Config, device: torch.device, say: Say, stand_in: bool, processes: int
+) -> Dataset:
     name = settings.dataset or "cifar10"
     if ":" in name or name == "folder":
-        return _as_asked(_of_files(name, settings, say, processes), settings).to(device)
+        return _of_files(name, settings, say, processes)
     if name != "synthetic":
         try:
-            data = load_cifar(name, settings.data_dir or default_data_dir())
-            return _as_asked(data, settings).to(device)
+            return load_cifar(name, settings.data_dir or default_data_dir())
         except DataMissing as missing:
             named = settings.dataset or settings.data_dir or os.environ.get("INFOBATCH_DATA")
             if not stand_in or settings.preset != "quick" or named:
                 raise
             say(f"WARNING: {missing}")
             say("WARNING: taking SYNTHETIC data instead; the accuracy will say nothing of CIFAR-10")
-    data = make_synthetic(
-        settings.synthetic_samples,
-        max(1, settings.synthetic_samples // 5),
-        settings.synthetic_classes,
-        seed=settings.seed,
-        device=device,
-    )
-    return _as_asked(data, settings)
+    samples, classes = settings.synthetic_samples, settings.synthetic_classes
+    tests = max(1, samples // 5)
+    return make_synthetic(samples, tests, classes, seed=settings.seed, device=device)
 
 
 def _of_files(name: str, settings: Config, say: Say, processes: int) -> Dataset:
@@ -299,16 +293,6 @@ def _of_files(name: str, settings: Config, say: Say, processes: int) -> Dataset:
         max_bad_files=settings.max_bad_files,
         say=say,
     )
-
-
-def _as_asked(data: Dataset, settings: Config) -> Dataset:
-    data = data.part(settings.data_fraction)
-    if settings.validation >= (samples := data.labels.numel()):
-        raise UserError(
-            f"validation must be below the {samples} training images, got {settings.validation}"
-        )
-    data = data.with_validation(settings.validation)
-    return data.with_label_noise(settings.label_noise, settings.seed)
 
 
 def _recorded(folder: Path) -> Config:

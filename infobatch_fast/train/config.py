@@ -158,32 +158,25 @@ class Config:
         ):
             if value not in known and ":" not in value:
                 raise UserError(unknown_name(name, value, [*known, "module:function"]))
-        classes, samples = self.synthetic_classes, self.synthetic_samples
-        few = f"at least synthetic_classes, {classes}, and at most 2**40"
-        for name, rule, fits in (
-            ("epochs", "at least 1", self.epochs >= 1),
-            ("batch_size", "at least 1", self.batch_size >= 1),
-            ("eval_every", "at least 1", self.eval_every >= 1),
-            ("checkpoint_every", "at least 0", self.checkpoint_every >= 0),
-            ("seed", "in [0, 2**63)", 0 <= self.seed < 2**63),
-            ("max_lr", "positive and finite", 0 < self.max_lr < math.inf),
-            ("weight_decay", "at least 0 and finite", 0 <= self.weight_decay < math.inf),
-            ("label_smoothing", "in [0, 1)", 0 <= self.label_smoothing < 1),
-            ("mixup", "at least 0 and finite", 0 <= self.mixup < math.inf),
-            ("ema", "in [0, 1)", 0 <= self.ema < 1),
-            ("data_fraction", "in (0, 1]", 0 < self.data_fraction <= 1),
-            ("validation", "at least 0", self.validation >= 0),
-            ("train_size", "at least 1", self.train_size >= 1),
-            ("test_size", "at least 1", self.test_size >= 1),
-            ("workers", "at least 0", self.workers >= 0),
-            ("max_bad_files", "at least 0", self.max_bad_files >= 0),
-            ("label_noise", "in [0, 1)", 0 <= self.label_noise < 1),
-            ("seeds", "at least 1", self.seeds >= 1),
-            ("synthetic_classes", "at least 2", classes >= 2),
-            ("synthetic_samples", few, classes <= samples <= 2**40),
+        for rule, fits, names in (
+            ("at least 1", lambda v: v >= 1, "epochs batch_size train_size test_size"),
+            ("at least 1", lambda v: v >= 1, "eval_every seeds"),
+            ("at least 2", lambda v: v >= 2, "synthetic_classes"),
+            ("at least 0", lambda v: v >= 0, "checkpoint_every validation workers max_bad_files"),
+            ("in [0, 2**63)", lambda v: 0 <= v < 2**63, "seed"),
+            ("positive and finite", lambda v: 0 < v < math.inf, "max_lr"),
+            ("at least 0 and finite", lambda v: 0 <= v < math.inf, "weight_decay mixup"),
+            ("in [0, 1)", lambda v: 0 <= v < 1, "label_smoothing ema label_noise"),
+            ("in (0, 1]", lambda v: 0 < v <= 1, "data_fraction"),
+            (
+                f"at least synthetic_classes, {self.synthetic_classes}, and at most 2**40",
+                lambda v: self.synthetic_classes <= v <= 2**40,
+                "synthetic_samples",
+            ),
         ):
-            if not fits:
-                raise UserError(f"{name} must be {rule}, got {getattr(self, name)}")
+            for name in names.split():
+                if not fits(value := getattr(self, name)):
+                    raise UserError(f"{name} must be {rule}, got {value}")
         try:
             InfoBatch(1, self.epochs, device="cpu", **self.pruning.settings())
         except (TypeError, ValueError) as error:
@@ -240,14 +233,20 @@ def parse(arguments: Sequence[str], *, cuda: bool) -> Config:
     Args:
         cuda: whether there is a CUDA device.
     """
-    device = peek(arguments, "device") or "auto"
-    cuda = device == "cuda" or (device == "auto" and cuda)
+    cuda = _on_cuda(peek(arguments, "device") or "auto", cuda)
     preset = peek(arguments, "preset") or ("paper" if cuda else "quick")
     if preset not in PRESETS:
         raise UserError(unknown_name("preset", preset, PRESETS))
+    return _command_line(arguments, _of_preset(preset, cuda))
+
+
+def _on_cuda(device: str, cuda: bool) -> bool:
+    return device == "cuda" or (device == "auto" and cuda)
+
+
+def _of_preset(preset: str, cuda: bool) -> Config:
     fast = cuda and preset != "quick"
-    defaults = {"compile": fast, "graph": fast, **PRESETS[preset]}
-    return _command_line(arguments, Config(preset=preset, **defaults))  # pyright: ignore
+    return Config(preset=preset, compile=fast, graph=fast, **PRESETS[preset])  # pyright: ignore
 
 
 def of_run(arguments: Sequence[str], recorded: Config, action: str) -> Config:
@@ -276,12 +275,10 @@ def peek(arguments: Sequence[str], name: str) -> str | None:
 
 def words(config: Config, cuda: bool, without: Collection[str] = ()) -> list[str]:
     """The flags that differ from the preset's, but for the pruning's, `without` and UNRECORDED."""
-    preset = parse(["--preset", config.preset, "--device", config.device], cuda=cuda)
-    default = {**vars(preset), "device": "auto"}
-    said: list[str] = []
+    default, said = _of_preset(config.preset, _on_cuda(config.device, cuda)), list[str]()
     for name in _NAMES:
         value, flag = getattr(config, name), name.replace("_", "-")
-        if name in (*UNRECORDED, *without) or value == default[name]:
+        if name in (*UNRECORDED, *without) or value == getattr(default, name):
             continue
         if isinstance(value, bool):
             said.append(f"--{flag}" if value else f"--no-{flag}")
@@ -297,11 +294,10 @@ def settle(config: Config, dataset: str, device: str, processes: int) -> Config:
     if config.sync_batch_norm and device != "cuda":
         raise UserError("sync_batch_norm must be off on a CPU, got --sync-batch-norm")
     whole = config.whole_batches or config.compile or config.graph or processes > 1
-    if ":" not in dataset:
-        return replace(config, dataset=dataset, device=device, whole_batches=whole)
-    if config.loader == "dali":
+    loader = "torch" if ":" in dataset else config.loader
+    if config.loader == "dali" != loader:
         raise UserError("loader must be torch where a data set is one's own, got dali")
-    return replace(config, dataset=dataset, device=device, whole_batches=whole, loader="torch")
+    return replace(config, dataset=dataset, device=device, whole_batches=whole, loader=loader)
 
 
 def spent(config: Config) -> Config:

@@ -258,6 +258,12 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def agree(self, value: Any, rule: str) -> None:
+        """UserError where a rank has another value than the first one."""
+        first, *others = self.of_all(value)
+        if unlike := [str(rank) for rank, other in enumerate(others, 1) if other != first]:
+            raise UserError(f"{rule} on all ranks, got others on rank {', '.join(unlike)}")
+
     def total(self, *values: float) -> list[float]:
         """The sum over all ranks of each."""
         if self.world == 1:

@@ -409,7 +409,7 @@ MISTAKES: dict[str, tuple[str, Hook, str]] = {
     "value": ("--epochs 0 --out {}", nothing, "epochs must be at least 1"),
     "norm": ("--sync-batch-norm --out {}", nothing, "sync_batch_norm must be off on a CPU"),
     "one rank": ("--out {}", odd_data, "data_dir must be there"),
-    "data": ("--out {}", other_data, "data_dir must hold the same data on all .* others on 1$"),
+    "data": ("--out {}", other_data, "data_dir must hold the same data .* others on rank 1$"),
     "plans": ("--out {}", odd_score, "plan of epoch 1 must .* another than rank 0's on rank 1$"),
     "disk": ("--out {}", full_disk, "cannot write .* No space left"),
     "no out": ("", no_out, "out must be given where torchrun has --max-restarts, got none"),
