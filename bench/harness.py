@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import io
+import itertools
 import json
 import math
 import os
@@ -17,12 +18,12 @@ import random
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from infobatch_fast.report.benchmarks import (
     words,
 )
 from infobatch_fast.report.lines import Line
+from infobatch_fast.report.runs import device_of
 from infobatch_fast.report.text import markdown
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Say, command, is_out_of_memory, parse
@@ -80,7 +82,7 @@ class Options:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be in [0, 2**63), got {self.seed}")
 
-    def settle(self, cuda: bool) -> "Options":
+    def settle(self, cuda: bool) -> Self:
         """The same with what the device decides filled in."""
         return self
 
@@ -90,6 +92,12 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 
 class Absent(Exception):
     """Why a side has no figures here, in words."""
+
+
+def require(right: bool | torch.Tensor, problem: str) -> None:
+    """Raise Absent unless a side's work is right."""
+    if not right:
+        raise Absent(f"it does other work: {problem}")
 
 
 @dataclass(frozen=True)
@@ -117,14 +125,12 @@ class Side:
 
 
 def interleave(
-    sides: Mapping[Any, Any],
-    device: torch.device,
+    sides: Mapping[Any, Callable[[], float]],
     *,
     seconds: float,
     rounds: tuple[int, int] = (5, 1000),
     warmup: int = 1,
-    timer: Callable[[Any, torch.device], float] | None = None,
-    after_round: Callable[[float], object] | None = None,
+    after_round: Callable[[float], object] = lambda share: None,
 ) -> dict[Any, list[float]]:
     """Seconds of each call, by side, all sides in one run.
 
@@ -132,20 +138,17 @@ def interleave(
     slows all sides; the n-th values of two sides are a pair.
 
     Args:
-        sides: what the timer calls, by name.
-        device: waited for around each call.
+        sides: what times a call of each, by name, and returns its seconds.
         seconds: start no round after these.
         rounds: at least and at most so many.
         warmup: rounds before the first that counts.
-        timer: seconds that one call takes; None is `wall`.
         after_round: told the share of the time that has gone, in [0, 1].
     """
-    timer = timer or wall
     order = list(sides)
     shuffle = random.Random(0).shuffle
     for _ in range(warmup):
         for name in order:
-            timer(sides[name], device)
+            sides[name]()
     values: dict[Any, list[float]] = {name: [] for name in sides}
     began = time.perf_counter()
     for number in range(rounds[1]):
@@ -154,10 +157,9 @@ def interleave(
             break
         shuffle(order)
         for name in order:
-            values[name].append(timer(sides[name], device))
-        if after_round is not None:
-            share = max(gone / seconds if seconds else 1.0, (number + 1) / rounds[1])
-            after_round(min(share, (number + 1) / rounds[0], 1.0))
+            values[name].append(sides[name]())
+        share = max(gone / seconds if seconds else 1.0, (number + 1) / rounds[1])
+        after_round(min(share, (number + 1) / rounds[0], 1.0))
     return values
 
 
@@ -211,14 +213,10 @@ def difference(with_it: Sequence[float], without: Sequence[float]) -> dict[str, 
     """
     differences = sorted(a - b for a, b in zip(with_it, without, strict=True))
     count = len(differences)
-    rank, outside = -1, 0.0
-    while rank + 1 < count:
-        # the chance that at most `rank + 1` of `count` fall below the true median
-        outside += math.comb(count, rank + 1) / 2**count
-        if outside > 0.025:
-            break
-        rank += 1
-    low, high = (differences[rank], differences[-1 - rank]) if rank >= 0 else (-math.inf, math.inf)
+    # The chances that at most 0, 1, ... of them fall below the true median.
+    chances = itertools.accumulate(math.comb(count, i) / 2**count for i in range(count))
+    rank = sum(chance <= 0.025 for chance in chances)
+    low, high = (differences[rank - 1], differences[-rank]) if rank else (-math.inf, math.inf)
     return {"median": statistics.median(differences), "low": low, "high": high}
 
 
@@ -289,32 +287,31 @@ class Bench:
         ready: dict[Any, Side] = {}
         failed: dict[Any, str] = {}
         label = f"{part:10} {words(case)}"
-        with progress(label) as done:
+
+        def timed(name: Any) -> float:
+            if name in failed:
+                return math.nan  # it does nothing more, so that the others go on
+            if cold:
+                self._sweep()
+            side = ready[name]
+            try:
+                return (side.clock or clock)(side.call, self.device) / side.repetitions
+            except Exception as error:
+                failed[name] = said(error)
+                return math.nan
+
+        shape: Any = {"bar_format": "{desc} {bar} {percentage:3.0f}%", "file": sys.stdout}
+        with tqdm(total=1.0, desc=label, disable=None, leave=False, **shape) as bar:
             for name, make in sides.items():
                 try:
                     ready[name] = make()
                 except Exception as error:  # of whichever side: its row says what
                     failed[name] = said(error)
-
-            def timer(name: Any, device: torch.device) -> float:
-                if name in failed:
-                    return math.nan  # it does nothing more, so that the others go on
-                if cold:
-                    self._sweep()
-                side = ready[name]
-                try:
-                    return (side.clock or clock)(side.call, device) / side.repetitions
-                except Exception as error:
-                    failed[name] = said(error)
-                    return math.nan
-
             took = interleave(
-                {name: name for name in ready},
-                self.device,
+                {name: partial(timed, name) for name in ready},
                 seconds=seconds[self.quick],
                 rounds=(3 if self.quick else rounds, 1000),
-                timer=timer,
-                after_round=done,
+                after_round=lambda share: bar.update(share - bar.n),
             )
         cells = []
         for name in sides:
@@ -418,9 +415,8 @@ class Bench:
                 torch.set_float32_matmul_precision(before)
 
     def _limit(self, key: Any, what: str, unit: str, work: float, call: Call) -> None:
-        seconds = 0.1 if self.quick else 1.0
-        how: Any = {"seconds": seconds, "rounds": (3, 200), "warmup": 2, "timer": on_device}
-        rate = work / min(interleave({what: call}, self.device, **how)[what])
+        how: Any = {"seconds": 0.1 if self.quick else 1.0, "rounds": (3, 200), "warmup": 2}
+        rate = work / min(interleave({what: partial(on_device, call, self.device)}, **how)[what])
         self.limits[key] = max(rate, self.limits.get(key, 0.0))
         line = self.add("limits", {"limit": what}, unit, {"median": rate, "count": 1})
         self.say(f"{'limits':10} {what}: {cell(line)}")
@@ -461,15 +457,6 @@ class Bench:
         write_atomically(self.path, text.encode())
 
 
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[float], object]]:
-    """A bar on a terminal, and nothing elsewhere; yields what takes the share that is done."""
-    shape: Any = {"bar_format": "{desc} {bar} {percentage:3.0f}%", "file": sys.stdout}
-    plain = not sys.stdout.isatty()
-    with tqdm(total=1.0, desc=what, disable=plain, leave=False, **shape) as bar:
-        yield lambda share: bar.update(share - bar.n)
-
-
 def main(
     kind: type[OptionsT],
     name: str,
@@ -502,11 +489,11 @@ def main(
         bench = Bench(folder / f"{name}.jsonl", device, asked, say, options.quick)
         plot = folder / f"{name}.png"
         torch.backends.cudnn.benchmark = True  # as the trainer has it
-        say(f"{'device':10} {where(bench.lines, device)}: all figures are of it")
+        say(f"{'device':10} {device_of(record.describe(device))}: all figures are of it")
         for caution in cautions(asked, options.quick):
             say(f"WARNING: {caution}")
         try:
-            measure(bench, options)  # type: ignore[arg-type]
+            measure(bench, options)
             bench.finish()
         except Interrupted as stop:
             with suppress(Interrupted, UserError):  # of a second signal, of a full disk
@@ -519,12 +506,6 @@ def main(
         say(f"written    {folder}: {name}.jsonl" + f", {plot.name}" * drawn)
 
     return command(body, "ask for smaller sizes")
-
-
-def where(lines: Sequence[Line], device: torch.device | None = None) -> str:
-    """The device in words."""
-    about = record.describe(device) if device is not None else lines[0].device
-    return f"{about['name']} ({about['type']})"
 
 
 def tables(lines: Sequence[Line], titles: Mapping[str, str]) -> list[str]:
@@ -562,7 +543,7 @@ def draw(lines: Sequence[Line], titles: Mapping[str, str], path: Path) -> bool:
         axis.set_title("\n".join(textwrap.wrap(title, 110)), fontsize=10, loc="left")
     notes = cautions(lines[0].options, lines[0].quick)
     notes += ["stopped midway"] * (not lines[0].complete)
-    heading = f"{lines[0].benchmark.capitalize()} on {where(lines)}"
+    heading = f"{lines[0].benchmark.capitalize()} on {device_of(lines[0].device)}"
     figure.suptitle("\n".join([heading, *textwrap.wrap("; ".join(notes), 120)]), fontsize=11)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)

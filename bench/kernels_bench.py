@@ -7,10 +7,10 @@ what is timed is what stands in for them.
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
 from harness import Bench, Options, main, shown
@@ -55,7 +55,7 @@ class KernelsBench(Options):
             if not LEAST <= size <= MOST:
                 raise UserError(f"sizes must be in [{LEAST}, 2**31], got {size}")
 
-    def settle(self, cuda: bool) -> "KernelsBench":
+    def settle(self, cuda: bool) -> Self:
         """With the sizes."""
         default = (50_000, 1_280_000, 1_000_000_000) if cuda else (50_000, 1_000_000)
         return replace(self, sizes=tuple(sorted(set(self.sizes or default[: 3 - 2 * self.quick]))))
@@ -87,9 +87,7 @@ def measure(bench: Bench, options: KernelsBench) -> None:
             compare("epoch", case, partial(epoch_case, kernel, samples, device, seed))
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return main(KernelsBench, "kernels_bench", measure, TITLES, arguments)
+run = partial(main, KernelsBench, "kernels_bench", measure, TITLES)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,16 @@ Dimensions: N samples, K kept in an epoch, B batch.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Self
 
 import torch
 from harness import Bench, Options, Side, Timer, main, on_device, said, shown, wall
 from sides import pruning
-from sides.steps import FORMS, Form, WithAndWithout
+from sides.pruning import RATIO
+from sides.steps import FORMS, Form, Model, WithAndWithout
 from torch.utils.data import DataLoader, TensorDataset
 
 from infobatch_fast import InfoBatch
@@ -53,31 +54,23 @@ class Overhead(Options):
         sizes: data set sizes N; default 50000 1280000 10000000.
         batch_size: samples a step.
         model: of the whole steps; default small on a CPU, r50 on CUDA.
-        ratio: share of the well-learned samples that an epoch leaves out, in (0, 1).
     """
 
     sizes: Annotated[tuple[int, ...], shown("N ...")] = ()
     batch_size: int = 200
-    model: Annotated[
-        Literal["small", "r18", "r34", "r50", "r101"] | None,
-        shown("{small,r18,r34,r50,r101}"),
-    ] = None
-    ratio: float = 0.5
+    model: Annotated[Model | None, shown("{small,r18,r34,r50,r101}")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.ratio < 1:
-            raise UserError(f"ratio must be in (0, 1), got {self.ratio}")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
-        least = math.ceil(self.batch_size / (1 - self.ratio))  # a whole batch in every epoch
-        if min(self.sizes or (50_000,)) < least:
+        smallest, least = min(self.sizes or (50_000,)), math.ceil(self.batch_size / (1 - RATIO))
+        if smallest < least:  # a whole batch in every epoch
             raise UserError(
-                f"sizes must be at least {least} at batch_size {self.batch_size} and ratio "
-                f"{self.ratio}, got {min(self.sizes or (50_000,))}"
+                f"sizes must be at least {least} at batch_size {self.batch_size}, got {smallest}"
             )
 
-    def settle(self, cuda: bool) -> "Overhead":
+    def settle(self, cuda: bool) -> Self:
         """With sizes and model."""
         sizes = (50_000,) if self.quick else (50_000, 1_280_000, 10_000_000)
         model = self.model or ("r50" if cuda else "small")
@@ -88,7 +81,8 @@ def measure(bench: Bench, options: Overhead) -> None:
     """All parts, the headline first."""
     samples = 50_000 if 50_000 in options.sizes else options.sizes[0]
     cuda = bench.device.type == "cuda"
-    forms = {"captured": FORMS["graph"], "eager": FORMS["amp"]} if cuda else {"eager": CPU_FORM}
+    forms = {"eager": FORMS["amp" if cuda else "channels_last"]}  # as the presets train
+    forms = {"captured": FORMS["graph"], **forms} if cuda else forms
     trained = {name: measure_step(bench, options, samples, name, forms[name]) for name in forms}
     for n in options.sizes:
         measure_alone(bench, options, n)
@@ -100,9 +94,6 @@ def measure(bench: Bench, options: Overhead) -> None:
         measure_telemetry(bench, pair, next(iter(trained)))
 
 
-CPU_FORM = Form(amp="off")  # of the preset `quick`
-
-
 def measure_step(
     bench: Bench, options: Overhead, samples: int, name: str, form: Form
 ) -> WithAndWithout | None:
@@ -111,12 +102,11 @@ def measure_step(
     optimizer = "lars" if cuda else "sgd"
     case = {"form": name, "model": options.model, "batch_size": options.batch_size}
     case |= {"precision": str(form.dtype).removeprefix("torch."), "optimizer": optimizer}
-    scores = pruning.draw_scores(samples, options.seed)
-    infobatch = InfoBatch(samples, 1, options.ratio, 1.0, options.seed, bench.device)
-    infobatch.scores.copy_(torch.from_numpy(scores))
-    how = (options.model or "", optimizer, form, infobatch, options.batch_size, options.seed)
+    infobatch = InfoBatch(samples, 1, RATIO, 1.0, options.seed, bench.device)
+    infobatch.scores.copy_(torch.from_numpy(pruning.draw_scores(samples, options.seed)))
+    model, size = options.model or "", options.batch_size
     try:
-        pair = WithAndWithout(*how)
+        pair = WithAndWithout(model, optimizer, form, infobatch, size, options.seed)
     except Exception as error:  # no compiler, no capture, no memory: its row says what
         bench.add_absent("step", case, why := said(error))
         bench.say(f"{'step':10} {name}: {why}")
@@ -137,8 +127,8 @@ def measure_alone(bench: Bench, options: Overhead, samples: int) -> None:
         clocks["device"] = on_device
 
     def checked(name: str) -> pruning.Pruner:
-        new = partial(pruning.make_pruner, name, scores, options.ratio, options.seed, bench.device)
-        pruning.check(new(), scores, options.ratio if name != "none" else 0.0, losses)
+        new = partial(pruning.make_pruner, name, scores, RATIO, options.seed, bench.device)
+        pruning.check(new(), scores, RATIO if name != "none" else 0.0, losses)
         return new()
 
     def choose(name: str) -> Side:
@@ -187,7 +177,7 @@ def measure_loader(bench: Bench, options: Overhead) -> None:
     images = torch.zeros(samples, 3, 32, 32, dtype=torch.uint8)
     dataset = TensorDataset(images, torch.zeros(samples, dtype=torch.int64))
     losses = torch.ones(b, device=bench.device)
-    infobatch = InfoBatch(samples, 10**6, options.ratio, 0.0, options.seed, bench.device)
+    infobatch = InfoBatch(samples, 10**6, delta=0.0, seed=options.seed, device=bench.device)
     for workers in (0, 2):
         how: Any = {"num_workers": workers, "persistent_workers": workers > 0}
         ours = infobatch.loader(dataset, b, **how)
@@ -235,9 +225,7 @@ def measure_telemetry(bench: Bench, pair: WithAndWithout, form: str) -> None:
     bench.compare_pair("telemetry", case, sides, seconds=(30.0, 1.0), rounds=6)
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return main(Overhead, "overhead", measure, TITLES, arguments)
+run = partial(main, Overhead, "overhead", measure, TITLES)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,18 @@ operation: a fused step moves fewer, so that its share may pass 100%.
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from harness import Bench, Options, Side, main, shown
-from sides.folders import folder_sides, write_folder
-from sides.loaders import Pass, loader_side
+from sides.folders import LIMITS, folder_sides, write_folder
+from sides.loaders import Pass, first, loader_side
 from sides.peers import loader_sides
-from sides.steps import FORMS, SWITCHES, Form, make_network, trained_sides
+from sides.steps import FORMS, SWITCHES, Form, Model, make_network, trained_sides
 from sides.work import Work, work_an_image
 
 from infobatch_fast import InfoBatch
@@ -40,7 +40,6 @@ TITLES = {
     "loaders": "Loaders, whole passes (% of copying)",
     "folders": "Loaders of JPEG files, passes over all of them and over half",
 }
-Model = Literal["small", "r18", "r34", "r50", "r101"]
 FormName = Literal["eager", "channels_last", "amp", "compiled", "graph"]
 
 
@@ -60,7 +59,6 @@ class Throughput(Options):
         max_autotune: compare the last form with max_autotune and conv_1x1_as_mm as well.
         foreach_lars: the same with torch's operations in the place of the LARS kernels.
         torch_cross_entropy: the same with torch's loss in the place of the kernel.
-        samples: images of a loader's pass; default all on a GPU, 8192 on a CPU.
         workers: processes of the loaders that have any; default one a core.
         files: JPEGs to read, made of the images; default 4096 on a GPU, 1024 on a CPU; 0: none.
     """
@@ -71,7 +69,6 @@ class Throughput(Options):
     max_autotune: bool = False
     foreach_lars: bool = False
     torch_cross_entropy: bool = False
-    samples: Annotated[int | None, shown("INT")] = None
     workers: Annotated[int | None, shown("INT")] = None
     files: Annotated[int | None, shown("INT")] = None
 
@@ -79,7 +76,6 @@ class Throughput(Options):
         super().__post_init__()
         for name, values in (
             ("batch_sizes", self.batch_sizes),
-            ("samples", (self.samples,)),
             ("workers", (self.workers,)),
             ("files", (self.files or None,)),
         ):
@@ -89,7 +85,7 @@ class Throughput(Options):
         if self.models == () == self.batch_sizes and self.files == 0:
             raise UserError("files must be at least 1 where models and batch_sizes are none, got 0")
 
-    def settle(self, cuda: bool) -> "Throughput":
+    def settle(self, cuda: bool) -> Self:
         """With everything that the device decides."""
         known = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
@@ -101,7 +97,6 @@ class Throughput(Options):
             self,
             models=(("r50",) if cuda else ("small",)) if self.models is None else self.models,
             forms=self.forms or (("amp", "compiled", "graph") if cuda else on_cpu),
-            samples=self.samples or (1000 if self.quick else 50_000 if cuda else 8192),
             workers=self.workers or cores,
             files=on_device if self.files is None else self.files,
         )
@@ -121,10 +116,9 @@ def measure(bench: Bench, options: Throughput) -> None:
             forms[f"{last} + {switch}"] = change(FORMS[last])
     dtypes = dict.fromkeys(form.dtype for form in forms.values())
     bench.measure_limits(*(dtypes if options.models else ()))
-    plan = InfoBatch(len(data.labels), 1, delta=0.0, seed=options.seed, device=bench.device)
-    whole = plan.sample(0)
-    count = options.samples or len(whole)
-    part = replace(whole, indices=whole.indices[:count], weights=whole.weights[:count])
+    every = InfoBatch(len(data.labels), 1, delta=0.0, seed=options.seed, device=bench.device)
+    whole = every.sample(0)
+    part = first(whole, 1000 if options.quick else 50_000 if bench.device.type == "cuda" else 8192)
     for batch_size in options.batch_sizes:
         of = Pass(data, part, batch_size, options.workers or 1, options.seed)
         sides = {
@@ -141,9 +135,7 @@ def measure(bench: Bench, options: Throughput) -> None:
 def measure_folders(bench: Bench, data: Dataset, options: Throughput) -> None:
     """Loaders of files, all and half of them, in one comparison."""
     count = min(options.files or 0, len(data.labels))
-    infobatch = InfoBatch(count, 1, delta=0.0, seed=options.seed, device=bench.device)
-    whole = infobatch.sample(0)
-    half = replace(whole, indices=whole.indices[: count // 2], weights=whole.weights[: count // 2])
+    whole = InfoBatch(count, 1, delta=0.0, seed=options.seed, device=bench.device).sample(0)
     with tempfile.TemporaryDirectory() as scratch:
         files = load_folder(
             write_folder(data, count, Path(scratch)),
@@ -151,13 +143,17 @@ def measure_folders(bench: Bench, data: Dataset, options: Throughput) -> None:
             cache="off",
             say=lambda line: None,
         ).to(bench.device)
-        batch_size = min(128, count // 2)
+        of = Pass(
+            *(files, whole, min(128, count // 2), options.workers or 1, options.seed),
+            limits=LIMITS[bench.device.type],
+            image_bytes=0,
+        )
         sides = {
             (name, side): make
-            for name, plan in (("all", whole), ("half", half))
-            for side, make in folder_sides(files, plan, batch_size).items()
+            for name, some in (("all", of), ("half", replace(of, plan=first(whole, count // 2))))
+            for side, make in folder_sides(some).items()
         }
-        case = {"images": count, "batch_size": batch_size}
+        case = {"images": count, "batch_size": of.batch_size}
         bench.compare("folders", case, sides, outer="files", seconds=(20.0, 0.0))
 
 
@@ -207,9 +203,7 @@ def load_data(seed: int) -> Dataset:
         return make_synthetic(seed=seed)
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    return main(Throughput, "throughput", measure, TITLES, arguments)
+run = partial(main, Throughput, "throughput", measure, TITLES)
 
 
 if __name__ == "__main__":

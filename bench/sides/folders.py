@@ -1,26 +1,25 @@
 """Folders of JPEGs: DALI, its twin, and torchvision's ImageFolder in a DataLoader.
 
-A pass is a plan's: read, decode, crop at random, resize, flip, normalise. All take the crops that
-ours draws, and are compared before they are timed: labels are equal, and pixels differ by the
+A pass also decodes and resizes. All take the crops that ours draws, and pixels differ by the
 rounding of the resizing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Absent, Side
+from harness import Side
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as v2
 
 from infobatch_fast.data.dataset import Dataset
-from infobatch_fast.data.loader import make_loader
-from infobatch_fast.plan import Plan
+from sides.loaders import Batches, Pass, loader_side, ours
+from sides.peers import data_loader
 
 SIDE = 256  # pixels of the files' images, CIFAR's enlarged
 # Levels of 255, at most and in the mean: resizing rounds another way, a card's decoder too.
@@ -38,38 +37,23 @@ def write_folder(data: Dataset, count: int, folder: Path) -> Path:
     return folder
 
 
-def folder_sides(data: Dataset, plan: Plan, batch_size: int) -> dict[str, Callable[[], Side]]:
+def folder_sides(of: Pass) -> dict[str, Callable[[], Side]]:
     """What makes each side of a pass over a folder's data set."""
-    workers = data.images.workers
-    many = f"{workers} worker" + "s" * (workers > 1)
+    many = f"{of.workers} worker" + "s" * (of.workers > 1)
     return {
-        f"torchvision's ImageFolder and v2, {many}": partial(_peer, data, plan, batch_size),
-        f"ours, Pillow in {many}": partial(_ours, "torch", data, plan, batch_size),
-        "ours, DALI": partial(_ours, "dali", data, plan, batch_size),
+        f"torchvision's ImageFolder and v2, {many}": partial(loader_side, image_folder, of),
+        f"ours, Pillow in {many}": partial(_counted, "torch", of),
+        "ours, DALI": partial(_counted, "dali", of),
     }
 
 
-def _loader(kind: str, data: Dataset, batch_size: int) -> Any:
-    normal = {"mean": data.mean, "std": data.std}
-    return make_loader(kind, data.images, data.labels, batch_size, **normal)[0]
-
-
-def _ours(kind: str, data: Dataset, plan: Plan, batch_size: int) -> Side:
-    loader, counts = _loader(kind, data, batch_size), data.images.counts
-    for (images, labels, _), twin in zip(
-        loader.epoch(plan), _loader("torch", data, batch_size).epoch(plan), strict=True
-    ):
-        _compare(data, (images, labels), twin)
+def _counted(kind: str, of: Pass) -> Side:
+    """Ours, with what a pass reads and decodes."""
+    side, counts = loader_side(partial(ours, kind), of), of.data.images.counts
     before = counts.read, counts.decoded
-    call = partial(_exhaust, lambda: loader.epoch(plan))
-    call()
+    side.call()
     read, decoded = counts.read - before[0], counts.decoded - before[1]
-    return Side(call, images=len(plan), more={"read_bytes": read, "decoded_images": decoded})
-
-
-def _exhaust(batches: Callable[[], Any]) -> None:
-    for _ in batches():
-        pass
+    return replace(side, more={"read_bytes": read, "decoded_images": decoded})
 
 
 class _Peer(ImageFolder):
@@ -88,32 +72,9 @@ class _Peer(ImageFolder):
         return v2.normalize(v2.to_dtype(pixels, torch.float32, scale=True), *self.normal), label
 
 
-def _peer(data: Dataset, plan: Plan, batch_size: int) -> Side:
-    peer, numbers, positions = _Peer(data), plan.indices.cpu(), plan.positions("cpu")
-    picks = [
-        data.images.picks(some, 0, plan.epoch, at, True)
-        for some, at in zip(numbers.split(batch_size), positions.split(batch_size), strict=True)
-    ]
-    device = plan.indices.device
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in DataLoader(
-            peer,
-            batch_sampler=picks,
-            num_workers=data.images.workers,
-            pin_memory=device.type == "cuda",
-            multiprocessing_context="fork",
-        ):
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-    for batch, twin in zip(batches(), _loader("torch", data, batch_size).epoch(plan), strict=True):
-        _compare(data, batch, twin)
-    return Side(partial(_exhaust, batches), images=len(plan))
-
-
-def _compare(data: Dataset, batch: tuple[Tensor, Tensor], twin: tuple[Any, ...]) -> None:
-    off = (batch[0] - twin[0]).abs() * torch.tensor(data.std, device=batch[0].device).view(3, 1, 1)
-    most, mean = 255 * off.max().item(), 255 * off.mean().item()
-    limits = LIMITS[batch[0].device.type]
-    if not (most <= limits[0] and mean <= limits[1] and torch.equal(batch[1], twin[1])):
-        raise Absent(f"output differs: by up to {most:.1f} levels, {mean:.2f} in the mean")
+def image_folder(of: Pass) -> Callable[[], Batches]:
+    """ImageFolder in a DataLoader."""
+    plan, size = of.plan, of.batch_size
+    parts = zip(plan.indices.cpu().split(size), plan.positions("cpu").split(size), strict=True)
+    picks = [of.data.images.picks(some, of.seed, plan.epoch, at, True) for some, at in parts]
+    return data_loader(_Peer(of.data), picks, of)

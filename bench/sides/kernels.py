@@ -20,18 +20,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Absent, Side, on_device
+from harness import Absent, Side, on_device, require
 from torch import Tensor, nn
 
 from infobatch_fast.errors import reason
 from infobatch_fast.kernels import reference, select
 from infobatch_fast.kernels.select import Kernels
 from infobatch_fast.train.optim import LARS
+from sides.pruning import RATIO, check_epoch, check_even
 from sides.steps import LR, MOMENTUM, make_network
 
 EPOCH = ("threshold", "partition", "choose", "shuffle", "choosing")
 KEY = 0x9E3779B97F4A7C15  # of our shuffles
-RATIO, SMOOTHING = 0.5, 0.1
+SMOOTHING = 0.1
 SCORES = 1_280_000  # N of what a step does
 MOST_COPIES, COPIED_BYTES = 64, 2**30
 # torch.compile takes no generator as an argument, and a CUDA graph none that it was not told of.
@@ -49,7 +50,7 @@ class Case:
         ours: by the kernels.
         plain: by torch's operations, of which those that can be compiled are wrapped.
         arguments: of each repetition, R.
-        check: raises AssertionError unless the outputs of repetition 0 are right.
+        check: raises an error unless the outputs of repetition 0 are right.
         moved: bytes that a repetition of ours moves.
         more: for the row.
     """
@@ -338,37 +339,15 @@ def lars_case(model: str, device: torch.device, seed: int) -> Case:
 def check_partition(prunable: Tensor, n: int, positions: Tensor, count: Tensor) -> None:
     """Both parts hold what they must, in ascending order."""
     parts = positions[:n], positions[n:]
-    assert (positions.shape, int(count)) == (prunable.shape, n), "other counts"
-    assert prunable[parts[0]].all(), "one in the wrong part"
-    assert not prunable[parts[1]].any(), "one in the wrong part"
-    assert all((part[1:] > part[:-1]).all() for part in parts), "a part does not ascend"
-
-
-def check_epoch(prunable: Tensor, n: int, k: int, indices: Tensor, weights: Tensor) -> None:
-    """Each other sample, k of the n prunable ones, none twice, with their weights, shuffled."""
-    kept = prunable.numel() - n + k
-    assert indices.shape == weights.shape == (kept,), "other counts"
-    seen = torch.zeros_like(prunable)
-    seen[indices] = True
-    assert int(seen.sum()) == kept, "a sample twice"
-    assert int((seen & prunable).sum()) == k, "other counts of the prunable"
-    wanted = torch.where(prunable[indices], n / k, 1.0).to(weights.dtype)
-    assert torch.equal(weights, wanted), "a weight is not n/k or 1"
-    check_even(indices)
-    check_even(weights)
+    require((positions.shape, int(count)) == (prunable.shape, n), "other counts")
+    require(prunable[parts[0]].all() and not prunable[parts[1]].any(), "one in the wrong part")
+    require(all((part[1:] > part[:-1]).all() for part in parts), "a part does not ascend")
 
 
 def check_permutation(samples: int, indices: Tensor) -> None:
     """Each of [0, N) once, shuffled."""
-    assert indices.shape == (samples,), "other counts"
+    require(indices.shape == (samples,), "other counts")
     seen = torch.zeros(samples, dtype=torch.bool, device=indices.device)
     seen[indices] = True
-    assert seen.all(), "a sample twice"
+    require(seen.all(), "a sample twice")
     check_even(indices)
-
-
-def check_even(values: Tensor) -> None:
-    """The first half's mean is within six standard errors: else it is not shuffled."""
-    half = values.numel() // 2
-    off = values[:half].mean(dtype=torch.float64) - values.mean(dtype=torch.float64)
-    assert off.abs() <= 6 * values.double().std() / half**0.5 + 1e-9, "not shuffled"

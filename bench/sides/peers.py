@@ -1,8 +1,8 @@
-"""Other ways to load: torchvision's transforms in a DataLoader, and a whole epoch at once."""
+"""Other ways to load CIFAR: transforms in a DataLoader, and a whole epoch at once."""
 
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from torchvision.transforms.v2 import functional as v2
 
 from infobatch_fast.data.augment import augmentation, reflect
 from infobatch_fast.data.dataset import Dataset
-from sides.loaders import PAD, Batches, Pass, ours
+from infobatch_fast.data.loader import TorchLoader
+from sides.loaders import Batches, Pass, ours
 
+PAD = TorchLoader.pad  # pixels
 STUCK = 120  # seconds without a batch, after which a worker process is given up
 Item = tuple[int, int, int, bool]  # index, row and column of the crop, flip
 
@@ -25,8 +27,8 @@ def loader_sides(workers: int) -> dict[str, Callable[[Pass], Callable[[], Batche
     """What makes each loader, by its name; those that fork processes before DALI's threads are."""
     many = f"DataLoader, {workers} worker" + "s" * (workers > 1)
     return {
-        f"torchvision v2, {many}": partial(data_loader, TensorImages),
-        f"PIL, {many}": partial(data_loader, PilImages),
+        f"torchvision v2, {many}": partial(cropped, TensorImages),
+        f"PIL, {many}": partial(cropped, PilImages),
         "whole epoch at once": whole_epoch,
         "ours, torch": partial(ours, "torch"),
         "ours, DALI": partial(ours, "dali"),
@@ -60,23 +62,6 @@ def whole_epoch(of: Pass) -> Callable[[], Batches]:
             yield images[part].float().div_(255).sub_(mean).div_(std), labels[part]
 
     return batches
-
-
-class _Items:
-    """A batch sampler: the plan's samples with the crops and flips that ours gives them."""
-
-    def __init__(self, of: Pass) -> None:
-        self.of = of
-
-    def __len__(self) -> int:
-        return -(-len(self.of.plan) // self.of.batch_size)
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        plan, size = self.of.plan, self.of.batch_size
-        crops = augmentation(self.of.seed, plan.epoch, torch.arange(len(plan)), PAD)
-        columns = [plan.indices.tolist(), *(values.tolist() for values in crops)]
-        items = list(zip(*columns, strict=True))
-        return (items[start : start + size] for start in range(0, len(items), size))
 
 
 class TensorImages:
@@ -113,11 +98,20 @@ class PilImages:
         ), self.labels[index]
 
 
-def data_loader(kind: Callable[[Dataset], Any], of: Pass) -> Callable[[], Batches]:
-    """A PyTorch DataLoader, whose worker processes live as long as the side."""
+def cropped(kind: Callable[[Dataset], Any], of: Pass) -> Callable[[], Batches]:
+    """A data set in a DataLoader: the plan's samples with the crops and flips of ours."""
+    crops = augmentation(of.seed, of.plan.epoch, torch.arange(len(of.plan)), PAD)
+    columns = [of.plan.indices.tolist(), *(values.tolist() for values in crops)]
+    items = list(zip(*columns, strict=True))
+    starts = range(0, len(items), of.batch_size)
+    return data_loader(kind(of.data), [items[i : i + of.batch_size] for i in starts], of)
+
+
+def data_loader(dataset: Any, batches: Sequence[Sequence[Any]], of: Pass) -> Callable[[], Batches]:
+    """A PyTorch DataLoader of these items, whose worker processes live as long as the side."""
     loader = DataLoader(
-        kind(of.data),
-        batch_sampler=_Items(of),  # pyright: ignore
+        dataset,
+        batch_sampler=batches,  # pyright: ignore
         num_workers=of.workers,
         persistent_workers=True,
         multiprocessing_context="fork",
@@ -126,7 +120,7 @@ def data_loader(kind: Callable[[Dataset], Any], of: Pass) -> Callable[[], Batche
         worker_init_fn=_leave_signals,
     )
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def one_pass() -> Iterator[tuple[Tensor, Tensor]]:
         with warnings.catch_warnings():
             # Of forking beside threads: the workers touch neither CUDA nor the threads' locks.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded")
@@ -137,7 +131,7 @@ def data_loader(kind: Callable[[Dataset], Any], of: Pass) -> Callable[[], Batche
                 labels.to(of.device, non_blocking=True),
             )
 
-    return batches
+    return one_pass
 
 
 def _leave_signals(worker: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Absent, Side
+from harness import Side, require
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from infobatch_fast.telemetry.syncs import host_syncs
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float32]
 SIDES = ("device", "numpy", "none")
+RATIO = 0.5  # r that is measured
 TURNS = 64  # batches that updates take in turn
 
 
@@ -171,41 +172,39 @@ def check(pruner: Any, scores: Floats, ratio: float, losses: Tensor) -> None:
     """
     chosen = pruner.choose()
     indices, weights = pruner.epoch(chosen)
-    problem = other_epoch(scores, ratio, indices, weights)
+    well_learned = torch.from_numpy(scores < scores.mean(dtype=np.float64))
+    n = int(well_learned.sum())
+    epoch = torch.from_numpy(indices), torch.from_numpy(weights)
+    check_epoch(well_learned, n, round((1 - ratio) * n), *epoch)
     b, values = losses.numel(), losses.cpu().numpy()
     leaf = losses.clone().requires_grad_()
     loss = pruner.update(leaf, pruner.batch(chosen, 0, b))
     loss.backward()
     assert leaf.grad is not None
+    mean = np.mean(values * weights[:b], dtype=np.float64)
+    require(np.isclose(loss.item(), mean, rtol=1e-4), "the loss is not the mean of weight * loss")
+    same = np.allclose(leaf.grad.cpu().numpy(), weights[:b] / b, rtol=1e-4)
+    require(same, "the gradient is not weight / B")
     recorded = pruner.recorded(indices[:b])
-    if problem is not None:
-        pass
-    elif not np.isclose(loss.item(), np.mean(values * weights[:b], dtype=np.float64), rtol=1e-4):
-        problem = "the loss is not the mean of weight * loss"
-    elif not np.allclose(leaf.grad.cpu().numpy(), weights[:b] / b, rtol=1e-4):
-        problem = "the gradient is not weight / B"
-    elif recorded is not None and not np.array_equal(recorded, values):
-        problem = "the scores are not the losses"
-    if problem is not None:
-        raise Absent(f"it does other work: {problem}")
+    require(recorded is None or np.array_equal(recorded, values), "the scores are not the losses")
 
 
-def other_epoch(scores: Floats, ratio: float, indices: Indices, weights: Floats) -> str | None:
-    """What is not as it must be of an epoch's indices (K,) and weights (K,); None where all is."""
-    times = np.bincount(indices, minlength=len(scores))
-    if len(times) > len(scores) or times.max() > 1:
-        return "an index is out of range or occurs twice"
-    well_learned, kept = scores < scores.mean(dtype=np.float64), times > 0
-    if not kept[~well_learned].all():
-        return "a sample is left out that is not well-learned"
-    n, k = int(well_learned.sum()), int((kept & well_learned).sum())
-    if abs(k - (1 - ratio) * n) > 1:
-        return f"it keeps {k} of {n} well-learned samples at ratio {ratio}"
-    if not np.allclose(weights, np.where(well_learned[indices], n / max(k, 1), 1.0), rtol=1e-5):
-        return "a weight is not n/k of the well-learned and 1 of the others"
-    for values in (indices, weights):  # six standard errors
-        half = len(values) // 2
-        off = abs(values[:half].mean(dtype=np.float64) - values.mean(dtype=np.float64))
-        if off > 6 * values.std(dtype=np.float64) / max(half, 1) ** 0.5 + 1e-9:
-            return "it is not shuffled"
-    return None
+def check_epoch(prunable: Tensor, n: int, k: int, indices: Tensor, weights: Tensor) -> None:
+    """Each other sample, k of the n prunable ones, none twice, with their weights, shuffled."""
+    kept = prunable.numel() - n + k
+    require(indices.shape == weights.shape == (kept,), f"it keeps other than {kept} samples")
+    seen = torch.zeros_like(prunable)
+    seen[indices] = True
+    require(seen.sum() == kept, "a sample twice")
+    require((seen & prunable).sum() == k, f"it keeps other than {k} of the prunable samples")
+    wanted = torch.where(prunable[indices], n / k, 1.0).to(weights.dtype)
+    require(torch.equal(weights, wanted), "a weight is not n/k or 1")
+    check_even(indices)
+    check_even(weights)
+
+
+def check_even(values: Tensor) -> None:
+    """The first half's mean is within six standard errors: else it is not shuffled."""
+    half = values.numel() // 2
+    off = values[:half].mean(dtype=torch.float64) - values.mean(dtype=torch.float64)
+    require(off.abs() <= 6 * values.double().std() / half**0.5 + 1e-9, "it is not shuffled")

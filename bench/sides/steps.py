@@ -8,10 +8,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from harness import Absent, Side
+from harness import Absent, Side, require
 from torch import Tensor, nn
 
 from infobatch_fast import InfoBatch
@@ -23,9 +23,11 @@ from infobatch_fast.train.graph import GraphStep
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.optim import make_optimizer
 from infobatch_fast.train.step import WARM_UP, TrainStep
+from sides.loaders import first
 
 LR, MOMENTUM = 0.01, 0.9  # a step's time does not depend on them
 Fed = tuple[Tensor, Tensor, Batch]
+Model = Literal["small", "r18", "r34", "r50", "r101"]
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,7 @@ def trained_sides(
 
 def feed(loader: Loader, plan: Plan, steps: int) -> Iterator[Fed]:
     """The first batches of a plan, as an epoch of their own."""
-    count = steps * loader.batch_size
-    part = replace(plan, indices=plan.indices[:count], weights=plan.weights[:count])
-    return iter(loader.epoch(part))
+    return iter(loader.epoch(first(plan, steps * loader.batch_size)))
 
 
 class WithAndWithout:
@@ -241,8 +241,7 @@ class WithAndWithout:
         for one, other, w in zip(*changes, start, strict=True):
             # Between them lies the order of sums, at amp's precision.
             slack = 0.05 * one.abs().max().item() + 1e-6 * w.abs().max().item()
-            if not (one - other).abs().max().item() <= slack:
-                raise Absent("steps with and without InfoBatch do other work at equal weights")
+            require((one - other).abs().max() <= slack, "at equal weights steps differ")
 
     def side(self, name: str, steps: int, phases: Phases | None = None) -> Side:
         """So many steps a call, by the trainer's loop."""

