@@ -118,6 +118,7 @@ class InfoBatch:
         self.plan: Plan | None = None  # the last drawn
         self.recorded = 0  # samples whose losses came since, as the host knows it
         self.resume_at = 0  # of these, how many a loaded state had
+        self.ended: Plan | None = None  # the last that a loader gave to its end
         self._told = False  # that one plan served several passes
         self.group = group
         self._share = Share()  # this process's, of an epoch
@@ -497,7 +498,8 @@ class InfoBatch:
     def state_dict(self) -> dict[str, Any]:
         """The scores (a copy), the epoch under way, what the policy remembers, and the settings.
 
-        It is loadable with weights_only.
+        It is loadable with weights_only. A loader goes on behind as many samples as were recorded,
+        so that none is trained on twice where batches were updated in its order.
 
         Raises:
             RuntimeError: of several processes, this one has recorded since the last merge.

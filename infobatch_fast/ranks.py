@@ -36,13 +36,13 @@ class Share(NamedTuple):
     world: int = 1
     batch_size: int = 1
 
-    def own(self, count: int, drop_last: bool = False) -> int:
+    def own(self, count: int) -> int:
         """How many of count consecutive samples are this rank's."""
         if self.world == 1:
             return count
         rest = count % (self.world * self.batch_size)
         whole = (count - rest) // self.world
-        if drop_last or rest < self.world:
+        if rest < self.world:
             return whole
         return whole + (rest + self.world - 1 - self.rank) // self.world
 
@@ -50,24 +50,19 @@ class Share(NamedTuple):
         """How many of count all ranks have had, once this one has had `own` of its own."""
         return count if own == self.own(count) else own * self.world
 
-    def of(self, plan: Plan, start: int = 0, drop_last: bool = False) -> Plan:
-        """This rank's samples of a plan from position start on.
-
-        With drop_last, where there are several ranks, none of what the whole batches leave.
-        """
-        indices, weights = (
-            self.take(values[start:], drop_last) for values in (plan.indices, plan.weights)
-        )
+    def of(self, plan: Plan, start: int = 0) -> Plan:
+        """This rank's samples of a plan from position start on."""
+        indices, weights = (self.take(values[start:]) for values in (plan.indices, plan.weights))
         return replace(plan, indices=indices, weights=weights)
 
-    def take(self, values: Tensor, drop_last: bool = False) -> Tensor:
+    def take(self, values: Tensor) -> Tensor:
         """This rank's of consecutive samples' values."""
         if self.world == 1:
             return values
         rest = len(values) % (self.world * self.batch_size)
         whole, rest = values.tensor_split([len(values) - rest])
         own = whole.view(-1, self.world, self.batch_size)[:, self.rank].flatten()
-        if drop_last or len(rest) < self.world:
+        if len(rest) < self.world:
             return own
         return torch.cat([own, rest.tensor_split(self.world)[self.rank]])
 

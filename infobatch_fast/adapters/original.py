@@ -227,20 +227,17 @@ class Sampler(sampler.Sampler):
     def _let_go(self, picks: Any) -> None:
         """A loop that lets go of its loader's iterator is over, if that had come to the end."""
         if picks.given == len(picks.part):
-            self.ended = picks.plan
-
-    def _left(self, plan: Plan) -> int:
-        """Samples that have no loss, but for the partial batch that `drop_last` drops."""
-        left = len(plan) - self.updated
-        return 0 if self.drop_last and self.batch_size and left < self.batch_size else left
+            self.infobatch.ended = picks.plan
 
     def _check(self) -> None:
         """Whether all batches that the pass before handed out have got their losses."""
         picks, size = self._last, self.batch_size
         if picks is None or size is None or not self.updated:
             return  # nothing was, or it was a look
+        if picks.plan is not self.infobatch.plan:
+            return  # a state was loaded since
         plan = picks.part
-        if picks.given == len(plan) and self._left(plan):  # else told by `super().__iter__`
+        if self.updated < picks.given == len(plan):  # else told by `super().__iter__`
             raise ValueError(
                 f"loss of epoch {plan.epoch} must come for its {len(plan)} samples, "
                 f"got {self.updated}; {self._where(plan, size)}"

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import check_count
@@ -34,6 +34,10 @@ class ProgressLR(LRScheduler):
 
     def __init__(self, scheduler: Any, infobatch: InfoBatch, total_steps: int) -> None:
         check_count("total_steps", total_steps)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "scheduler must be one of steps, got ReduceLROnPlateau: step it by its metric"
+            )
         # The base class's own would count steps, and set rates. Nor is there an attribute
         # `total_steps`: accelerate stops a scheduler that has one after so many calls.
         self.scheduler, self.infobatch, self.total = scheduler, infobatch, int(total_steps)

@@ -8,7 +8,7 @@ can mispair a sample and its weight.
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.reduction import ForkingPickler
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +77,10 @@ class Collate:
 
     def __call__(self, picked: Any) -> tuple[Any, Batch]:
         """The user's batch of a `Picked`, and what `InfoBatch.update` must know of it."""
-        return self.collate(list(picked.samples)), _batch(picked.numbers, picked.weights)
+        # By way of numpy, which takes a third of the time.
+        numbers = torch.from_numpy(np.array(picked.numbers, np.int64))
+        weights = torch.from_numpy(np.array(picked.weights, np.float32))
+        return self.collate(list(picked.samples)), Batch(numbers, weights)
 
 
 class Sampler(DistributedSampler):
@@ -97,7 +100,7 @@ class Sampler(DistributedSampler):
     Args:
         infobatch: whose plans they are.
         batch_size: B, of the DataLoader: pruned epochs are then of whole batches.
-        drop_last: of the DataLoader.
+        drop_last: of the DataLoader: an epoch's plan is then cut to whole batches of all ranks.
         shard: False gives every process the whole epoch, for what shares batches out by itself,
             the r-th of every W to rank r.
     """
@@ -116,7 +119,6 @@ class Sampler(DistributedSampler):
         self._set: int | None = None  # the epoch that was asked for, until it is iterated over
         self._last: _Picks | None = None
         self._recorded = 0  # samples recorded when that began
-        self.ended: Plan | None = None  # the last that a `Loader` gave to its end
         self._told = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,19 +128,19 @@ class Sampler(DistributedSampler):
     def __len__(self) -> int:
         plan = self.plan()
         # A loop that looks ahead sees the loader's end before the last batch has its losses.
-        ended = self.ended is plan or self._last is None
+        ended = self.infobatch.ended is plan or self._last is None
         over = ended and self._done(plan) and self._asked() is None
         if over and plan.epoch + 1 < self.infobatch.num_epochs:
             plan = self._draw(plan.epoch + 1)
-        return self.share().own(len(plan), self.drop_last)
+        return self.share().own(len(plan))
 
     def __iter__(self) -> Iterator[Pick]:
         plan, last = self.plan(), self._last
         again = last is not None and last.plan is plan
-        if self._asked() is None and (
-            self._done(plan) or (again and self.infobatch.recorded > self._recorded)
-        ):
-            if not self._done(plan) and self.ended is not plan and not self._told:
+        # A new sampler goes on with a loaded state's epoch, not with one that another had begun.
+        begun = self._recorded if again else self.infobatch.resume_at
+        if self._asked() is None and (self._done(plan) or self.infobatch.recorded > begun):
+            if not self._done(plan) and self.infobatch.ended is not plan and not self._told:
                 self._told = True
                 warnings.warn(
                     f"epoch {plan.epoch} is left after {self.infobatch.recorded} of {len(plan)} "
@@ -158,7 +160,7 @@ class Sampler(DistributedSampler):
         if share.world > 1:
             _shared_once()
         self.infobatch.compare()
-        self._last = _Picks(plan, share, self.infobatch.resume_at, self.drop_last)
+        self._last = _Picks(plan, share, self.infobatch.resume_at)
         return self._last
 
     def share(self) -> Share:
@@ -173,7 +175,9 @@ class Sampler(DistributedSampler):
             # Of a run that was loaded complete it is the last, which is not to be trained on.
             coming = min(self.infobatch.next_epoch, self.infobatch.num_epochs - 1)
             epoch = coming if plan is None else plan.epoch
-        return plan if plan is not None and plan.epoch == epoch else self._draw(epoch)
+        if plan is None or plan.epoch != epoch:
+            return self._draw(epoch)
+        return self._whole(plan)
 
     def _asked(self) -> int | None:
         """The epoch that was set, if it is not over."""
@@ -182,30 +186,26 @@ class Sampler(DistributedSampler):
         return self._set if self._set is not None and self._set >= least else None
 
     def _draw(self, epoch: int) -> Plan:
-        return self.infobatch.sample(epoch, self.batch_size)
+        return self._whole(self.infobatch.sample(epoch, self.batch_size))
+
+    def _whole(self, plan: Plan) -> Plan:
+        """The InfoBatch's plan, from now on without the samples that `drop_last` drops."""
+        if not (self.drop_last and self.batch_size):
+            return plan
+        step = self.batch_size * self.infobatch.share(self.batch_size).world
+        if len(plan) < step:
+            raise ValueError(
+                f"batch_size of all ranks must be at most the {len(plan)} samples of epoch "
+                f"{plan.epoch} where drop_last is True, got {step}"
+            )
+        if rest := (len(plan) - self.infobatch.resume_at) % step:
+            kept = plan.batch(0, len(plan) - rest)
+            plan = replace(plan, indices=kept.indices, weights=kept.weights)
+            self.infobatch.plan = plan
+        return plan
 
     def _done(self, plan: Plan) -> bool:
-        """Whether all of it was trained on, but for the partial batch that `drop_last` drops."""
-        least = 1
-        if self.drop_last and self.batch_size:
-            least = self.batch_size * self.infobatch.share(self.batch_size).world
-        return len(plan) - self.infobatch.recorded < least
-
-
-def _batch(numbers: Any, weights: Any) -> Batch:
-    # By way of numpy, which takes a third of the time that lists take.
-    numbers, weights = np.asarray(numbers, np.int64), np.asarray(weights, np.float32)
-    return Batch(torch.from_numpy(numbers), torch.from_numpy(weights))
-
-
-def _sent(batch: Batch) -> tuple[Any, ...]:
-    if batch.indices.is_cuda:
-        return Batch, tuple(batch)
-    return _batch, (batch.indices.numpy(), batch.weights.numpy())
-
-
-# From a worker as bytes: as tensors, each a shared file, they cost more than the fetching.
-ForkingPickler.register(Batch, _sent)
+        return self.infobatch.recorded >= len(plan)
 
 
 def _shared_once() -> None:
@@ -221,9 +221,9 @@ def _shared_once() -> None:
 class _Picks(Iterator[Pick]):
     """A plan's picks from a position on; what it says of itself resumes a stateful loader."""
 
-    def __init__(self, plan: Plan, share: Share, start: int, drop_last: bool) -> None:
+    def __init__(self, plan: Plan, share: Share, start: int) -> None:
         self.plan, self.share, self.start = plan, share, start
-        self.part = share.of(plan, start, drop_last)
+        self.part = share.of(plan, start)
         self.given = 0  # of the part
         self._chunk: list[Pick] = []
         self._ends = 0  # of the chunk
@@ -265,7 +265,7 @@ class Loader(DataLoader):
     def _until_the_end(self, batches: Any) -> Iterator[Any]:
         yield from batches
         sampler: Any = self.sampler
-        sampler.ended = sampler._last.plan
+        sampler.infobatch.ended = sampler._last.plan
         sampler.infobatch.merge()
 
 
@@ -310,10 +310,9 @@ def check(infobatch: InfoBatch, loader: Any) -> str:
         sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     if not isinstance(sampler, Sampler):
         raise ValueError(f"sampler of the loader must be infobatch.sampler(), got {sampler!r}")
-    length, count = len(loader), 0
-    plan = sampler.plan()
-    weights = torch.zeros(infobatch.num_samples)
-    weights[plan.indices.cpu()] = plan.weights.cpu()
+    if sampler.infobatch is not infobatch:
+        raise ValueError("loader must be of this InfoBatch, got another's")
+    weights, count = torch.zeros(infobatch.num_samples), 0
     times = torch.zeros(infobatch.num_samples, dtype=torch.int64)
     for item in loader:
         if not (isinstance(item, Sequence) and len(item) == 2 and isinstance(item[1], Batch)):
@@ -321,12 +320,15 @@ def check(infobatch: InfoBatch, loader: Any) -> str:
                 "collate_fn must give (the user's batch, Batch): use infobatch.collate(fn), "
                 f"got {type(item).__name__}"
             )
+        if not count:  # an epoch that was over is followed by the next
+            plan = sampler.plan()
+            weights[plan.indices.cpu()] = plan.weights.cpu()
         indices, given = (tensor.cpu() for tensor in item[1])
         times.index_add_(0, indices, torch.ones_like(indices))
         if not torch.equal(given, weights[indices]):
             raise ValueError(f"weights of batch {count} are not those of the plan")
         count += 1
-    sampler._last = sampler.ended = None  # nothing was trained on, and nothing is missed
+    sampler._last = infobatch.ended = None  # nothing was trained on, and nothing is missed
     share = sampler.share()
     if share.world > 1:
         times = summed(times, infobatch.group)
@@ -336,7 +338,8 @@ def check(infobatch: InfoBatch, loader: Any) -> str:
     if times.max() > 1:
         raise ValueError(f"sample {int(times.argmax())} must come once, got {int(times.max())}")
     size = sampler.batch_size or getattr(loader, "batch_size", None) or 1
-    length -= infobatch.resume_at // (size * share.world)  # trained on before a state was saved
+    # Less what was trained on before a state was saved.
+    length = len(loader) - infobatch.resume_at // (size * share.world)
     if count != length:
         raise ValueError(f"len of the loader must be the {count} batches that came, got {length}")
     where = f" on each of {share.world} ranks, of one plan" if share.world > 1 else ""

@@ -173,6 +173,20 @@ def test_a_batch_skipped_is_found_though_workers_look_ahead() -> None:
         iter(dataset.sampler)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_state_loaded_in_mid_epoch_leaves_no_batch_waiting() -> None:
+    dataset = make()
+    loader = plain(dataset, num_workers=2, prefetch_factor=8)  # has handed out the whole epoch
+    orders = train(dataset, loader, range(1))
+    state = dataset.state_dict()
+    _, y = next(iter(loader))
+    dataset.update(losses_of(y, 1))
+    dataset.load_state_dict(state)
+    orders += train(dataset, loader, range(1, EPOCHS))
+    other = make()
+    assert train(other, plain(other)) == orders
+
+
 class OutOfOrder:
     _in_order, _sampler_iter = False, None  # as torch names them
 

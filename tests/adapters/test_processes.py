@@ -361,31 +361,29 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("start", [0, 5])
-def test_shares_are_whole_even_and_counted(start: int, drop_last: bool) -> None:
+def test_shares_are_whole_even_and_counted(start: int) -> None:
     for count, world, size in SHARES:
         order = torch.arange(count + start)
         plan = Plan(0, count + start, 0, order, order.float())
         shares = [Share(rank, world, size) for rank in range(world)]
-        parts = [share.of(plan, start, drop_last) for share in shares]
+        parts = [share.of(plan, start) for share in shares]
         for share, part in zip(shares, parts, strict=True):
-            assert len(part) == share.own(count, drop_last)
+            assert len(part) == share.own(count)
             assert torch.equal(part.indices.float(), part.weights)
         steps = [part.indices.split(size) if len(part) else () for part in parts]
         assert len(set(map(len, steps))) == 1
         got = [int(i) for step in zip(*steps, strict=True) for i in torch.cat(step)]
         assert got == list(range(start, start + len(got)))
         whole = count // (world * size) * world * size
-        rest = 0 if drop_last and world > 1 else count - whole
+        rest = count - whole
         assert len(got) == whole + (rest if rest >= world else 0)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         for step in range(whole // world // size):
             reached = {share.reached(count, size * step) for share in shares}
             assert reached == {world * size * step}
-        if not drop_last:
-            reached = [s.reached(count, len(p)) for s, p in zip(shares, parts, strict=True)]
-            assert reached == [count] * world
+        reached = [s.reached(count, len(p)) for s, p in zip(shares, parts, strict=True)]
+        assert reached == [count] * world
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -393,10 +391,10 @@ def test_a_stateful_loader_finds_its_place_in_a_share(world: int) -> None:
     plan = make().sample(0)
     for rank in range(world):
         for start, given in ((0, 8), (0, 0), (16, 24), (16, len(plan) - 16)):
-            picks = _Picks(plan, Share(rank, world, 4), start, False)
+            picks = _Picks(plan, Share(rank, world, 4), start)
             for _ in range(min(given, len(picks.part))):
                 next(picks)
-            again = _Picks(plan, Share(rank, world, 4), start, False)
+            again = _Picks(plan, Share(rank, world, 4), start)
             again.load_state_dict(picks.state_dict())
             assert list(again) == list(picks)
 

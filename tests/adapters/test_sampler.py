@@ -177,6 +177,36 @@ def test_drop_last_peeks_and_epochs_left_early() -> None:
         iter(loader.sampler)
 
 
+@pytest.mark.parametrize("done", range(1, EPOCHS + 1))
+def test_an_epoch_is_over_without_the_samples_that_drop_last_drops(done: int) -> None:
+    infobatch = make()
+    train(infobatch, infobatch.loader(Samples(), B, drop_last=True), range(done))
+    assert infobatch.next_epoch == done
+    assert infobatch.progress == done / EPOCHS
+    again = make()
+    again.load_state_dict(infobatch.state_dict())
+    loader = again.loader(Samples(), B, drop_last=True)
+    for epoch in range(again.next_epoch, EPOCHS):
+        (order,) = train(again, loader, range(epoch, epoch + 1))
+        assert again.plan is not None
+        assert again.plan.epoch == epoch
+        assert len(order) == len(again.plan) // B * B
+    with pytest.raises(ValueError, match=r"^batch_size .* at most the 103 samples .*, got 104$"):
+        len(make().loader(Samples(), 104, drop_last=True))
+
+
+@pytest.mark.filterwarnings("ignore:epoch . is left after 24 of:UserWarning")
+def test_a_loader_of_its_own_for_each_epoch_left_early() -> None:
+    infobatch = make()
+    for epoch in range(EPOCHS):
+        for number, ((_, y), batch) in enumerate(infobatch.loader(Samples(), B), 1):
+            infobatch.update(losses_of(y), batch)
+            if number == 3:
+                break
+        assert infobatch.plan is not None
+        assert infobatch.plan.epoch == epoch
+
+
 def test_a_peek_in_mid_epoch_is_told_what_it_does() -> None:
     infobatch = make()
     loader = infobatch.loader(Samples(), B)
@@ -321,6 +351,18 @@ def test_check_says_what_is_wrong() -> None:
     assert infobatch.check(good) == f"{N} of {N} samples, each once, in 13 batches"
     assert train(infobatch, good, range(EPOCHS)) == expected()  # a dry pass changed nothing
 
+    another = make()
+    with pytest.raises(ValueError, match=r"^loader must be of this InfoBatch, got another's$"):
+        another.check(good)
+    parts: Any = another.wrap(Samples()), B
+    loader = DataLoader(
+        *parts, sampler=another.sampler(B), collate_fn=another.collate(), drop_last=True
+    )
+    for (_, y), batch in loader:  # and its last samples are not asked for: it is left early
+        another.update(losses_of(y), batch)
+    with pytest.warns(UserWarning, match="^epoch 0 is left after 96 of 103"):
+        assert "each once" in another.check(loader)  # of epoch 1
+
     infobatch = make()
 
     class Heavier:
@@ -328,7 +370,7 @@ def test_check_says_what_is_wrong() -> None:
             data, batch = infobatch.collate()(picked)
             return data, Batch(batch.indices, batch.weights * 2)
 
-    parts: Any = infobatch.wrap(Samples()), B
+    parts = infobatch.wrap(Samples()), B
     collates: Any = {"^collate_fn must give ": len, "^weights of batch 0 are not": Heavier()}
     for message, collate in collates.items():
         loader = DataLoader(*parts, sampler=infobatch.sampler(B), collate_fn=collate)
@@ -354,6 +396,13 @@ def test_mistakes_get_one_line() -> None:
     list(loader)
     with pytest.warns(UserWarning, match=r"^the first epoch is given again, as update\(\)"):
         list(loader)
+
+
+def test_a_scheduler_that_goes_by_a_metric_is_refused() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(TypeError, match=r"^scheduler must be one of steps, got ReduceLROnPlateau"):
+        ProgressLR(plateau, make(), 8)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
