@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.optimization import GreedyLR
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import seed_worker
 
@@ -50,7 +52,8 @@ class InfoBatchMixin(_Base):
         infobatch: the one of the training under way, or of the last.
 
     Raises:
-        ValueError: the arguments have max_steps, or a part of an epoch.
+        ValueError: the arguments have max_steps, a part of an epoch, a compute_loss_func, or an
+            order of the samples.
     """
 
     infobatch: InfoBatch
@@ -63,6 +66,10 @@ class InfoBatchMixin(_Base):
             raise ValueError(f"max_steps must be left to num_train_epochs, got {steps}")
         if epochs != math.floor(epochs):
             raise ValueError(f"num_train_epochs must be whole, got {epochs}")
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func must be None, got one: override `losses` instead")
+        if (order := self.args.train_sampling_strategy) != "random":
+            raise ValueError(f"train_sampling_strategy must be random, got {order}")
         self.add_callback(_Saver(self))
 
     def losses(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +81,12 @@ class InfoBatchMixin(_Base):
 
         Returns:
             (B,) or (B, T) losses, with their graph, and as many that are 1 where they count.
+
+        Raises:
+            TypeError: the labels are no numbers of classes.
         """
+        if labels.is_floating_point():
+            raise TypeError(f"labels must be int64, got {labels.dtype}: override `losses`")
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         if self._loss_shifts_labels:  # what a causal language model says of the token to come
             logits, labels = logits[..., :-1, :], labels[..., 1:]
@@ -90,6 +102,8 @@ class InfoBatchMixin(_Base):
     def get_train_dataloader(self) -> DataLoader:
         """Of a new `InfoBatch`; the Trainer asks once a training."""
         dataset: Any = self.train_dataset
+        if dataset is None:
+            raise ValueError("train_dataset must be given, got None")
         collate, args = self.data_collator, self.args
         if hasattr(dataset, "remove_columns"):  # of datasets, which is optional
             dataset = self._remove_unused_columns(dataset, description="training")
@@ -123,8 +137,10 @@ class InfoBatchMixin(_Base):
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The one of the arguments, driven by progress: epochs that prune have fewer steps."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
-        self.lr_scheduler = ProgressLR(scheduler, self.infobatch, num_training_steps)
-        return self.lr_scheduler
+        if not isinstance(scheduler, (ReduceLROnPlateau, GreedyLR)):  # they go by the evaluations
+            scheduler = ProgressLR(scheduler, self.infobatch, num_training_steps)
+            self.lr_scheduler = scheduler
+        return scheduler
 
     def compute_loss(
         self,
@@ -137,6 +153,8 @@ class InfoBatchMixin(_Base):
         if INDICES not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = Batch(inputs.pop(INDICES), inputs.pop(WEIGHTS))
+        if "labels" not in inputs:
+            raise ValueError(f"a batch must have labels, got {', '.join(inputs)}")
         labels = inputs["labels"]
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             # (That kind makes its inputs of the labels.) The model would compute its loss, too.

@@ -30,13 +30,18 @@ class InfoBatchCallback(Callback):
         self.infobatch = infobatch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ValueError where the trainer has more epochs than the InfoBatch."""
+        """Raises ValueError where the trainer has more epochs, or draws the samples itself."""
         if stage != "fit":
             return
         if trainer.max_epochs not in range(self.infobatch.num_epochs + 1):
             raise ValueError(
                 f"max_epochs of the Trainer must be at most the InfoBatch's num_epochs, "
                 f"{self.infobatch.num_epochs}, got {trainer.max_epochs}"
+            )
+        if some := trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"overfit_batches of the Trainer must be 0, got {some}: it replaces the sampler, "
+                "which limit_train_batches does not"
             )
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         # Lightning takes the last epoch's end for the middle of one, as if all were equally long.

@@ -233,13 +233,56 @@ def test_a_resumed_run_goes_on_with_the_samples_that_were_left(tmp_path: Path, s
         third.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
 
 
+def test_a_run_that_drops_last_goes_on_from_an_epochs_end(tmp_path: Path) -> None:
+    how = {"gradient_accumulation_steps": 2, "dataloader_drop_last": True}
+    whole = trainer_of(tmp_path, save_strategy="epoch", **how)
+    whole.train()
+    assert whole.recorder.rates[-1] == 0
+    assert len(whole.epochs[0]) == N // (2 * B) * 2 * B
+    for step in (12, whole.state.global_step - 12):
+        again = trainer_of(tmp_path, **how)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert again.epochs == {e: whole.epochs[e] for e in again.epochs}
+        assert again.state.global_step == whole.state.global_step
+        assert again.recorder.rates == pytest.approx(whole.recorder.rates[step:])
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedulers_that_go_by_evaluations_are_left_to_the_trainer(
+    tmp_path: Path, name: str
+) -> None:
+    how = {"lr_scheduler_type": name, "eval_strategy": "epoch", "metric_for_best_model": "loss"}
+    own = {"patience": 0, "factor": 0.5, "eps": 0, "min_lr": 0}
+    trainer = trainer_of(tmp_path, lr_scheduler_kwargs=own, **how)
+    trainer.remove_callback(trainer.recorder)  # which asks for the rate otherwise
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] < 1e-12  # nothing was learned
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
-    [({"max_steps": 5}, "max_steps .* 5"), ({"num_train_epochs": 2.5}, "num_train_epochs .* 2.5")],
+    [
+        ({"max_steps": 5}, "max_steps .* 5"),
+        ({"num_train_epochs": 2.5}, "num_train_epochs .* 2.5"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy .* sequential"),
+    ],
 )
 def test_what_is_refused(tmp_path: Path, kwargs: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         trainer_of(tmp_path, **kwargs)
+
+
+def test_what_has_no_losses_of_classes_is_refused(tmp_path: Path) -> None:
+    rows = [{"x": float(i), "labels": 0.5} for i in range(N)]
+    with pytest.raises(TypeError, match=r"^labels must be int64, got torch.float32: override"):
+        trainer_of(tmp_path, rows).train()
+    rows = [{"x": float(i)} for i in range(N)]
+    with pytest.raises(ValueError, match=r"^a batch must have labels, got x$"):
+        trainer_of(tmp_path, rows).train()
+    for name, value in (("compute_loss_func", F.cross_entropy), ("train_dataset", None)):
+        given: dict[str, Any] = {"train_dataset": Rows(), name: value}
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            InfoBatchTrainer(Told(), arguments(tmp_path), **given).train()
 
 
 def ranks() -> dict:

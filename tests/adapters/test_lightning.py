@@ -181,8 +181,10 @@ def test_two_processes_train_as_one_does(
         assert rest["rates"][-1] < 0.01
 
 
-def test_a_trainer_of_more_epochs_is_refused() -> None:
+def test_a_trainer_of_more_epochs_or_another_sampler_is_refused() -> None:
     infobatch = make()
     for given in (EPOCHS + 1, -1):
         with pytest.raises(ValueError, match=rf"^max_epochs of .* num_epochs, 6, got {given}$"):
             fit(Module(infobatch), infobatch.loader(Samples(), B), max_epochs=given)
+    with pytest.raises(ValueError, match=r"^overfit_batches of the Trainer must be 0, got 2:"):
+        fit(Module(infobatch), infobatch.loader(Samples(), B), overfit_batches=2)
