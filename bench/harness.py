@@ -30,7 +30,7 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter, StrMethodFormatter
 from tqdm import tqdm
 
 from infobatch_fast.errors import UserError, reason
@@ -52,9 +52,6 @@ from infobatch_fast.train.records import make_folder, write_atomically
 
 Call = Callable[[], object]
 Timer = Callable[[Call, torch.device], float]
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers serve without any colour.
-STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#D55E00", "v"))
-STYLES += (("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*"))
 
 
 def shown(metavar: str) -> Any:
@@ -511,28 +508,29 @@ def main(
 def tables(lines: Sequence[Line], titles: Mapping[str, str]) -> list[str]:
     """A Markdown table for each part; then what is absent, and why."""
     out: list[str] = []
-    for part, title in titles.items():
-        if rows := [line for line in lines if line.part == part and line.absent is None]:
-            out += ["", f"## {title}", "", *markdown(*pivot(rows))]
+    for title, rows in _by_title(lines, titles).items():
+        out += ["", f"## {title}", "", *markdown(*pivot(rows))]
     if missing := absences(lines):
         out += ["", "## Absent", "", *(f"- {each}" for each in missing)]
     notes = cautions(lines[0].options, lines[0].quick) if lines else []
     return [*out, "", *(f"WARNING: {note}" for note in notes)]
 
 
+def _by_title(lines: Sequence[Line], titles: Mapping[str, str]) -> dict[str, list[Line]]:
+    """The rows of each part that has figures."""
+    parts = {
+        title: [line for line in lines if line.part == part and line.absent is None]
+        for part, title in titles.items()
+    }
+    return {title: rows for title, rows in parts.items() if rows}
+
+
 def draw(lines: Sequence[Line], titles: Mapping[str, str], path: Path) -> bool:
-    """Draw each part of the titles that has figures as a panel of a PNG.
+    """Draw a PNG, a panel for each part that has figures; returns whether one has.
 
     A point for each row: its median, with the 20th to 80th percentile.
-
-    Returns:
-        Whether there was a row to draw.
     """
-    panels = {}
-    for part, title in titles.items():
-        rows = [line for line in lines if line.part == part and line.absent is None]
-        if any(line.case.get("side") != DIFFERENCE for line in rows) and part != "limits":
-            panels[title] = rows
+    panels = _by_title(lines, titles)
     if not panels:
         return False
     heights = [0.8 + 0.22 * len(rows) for rows in panels.values()]
@@ -554,45 +552,30 @@ def draw(lines: Sequence[Line], titles: Mapping[str, str], path: Path) -> bool:
 def _draw_points(axis: Axes, rows: Sequence[Line]) -> None:
     sides = list(dict.fromkeys(row.case.get("side", "") for row in rows))
     same = [key for key in rows[0].case if len({repr(row.case.get(key)) for row in rows}) == 1]
-    ends: list[float] = []
-    before = None
+    drawn = []
     for number, row in enumerate(rows):
-        group = words(row.case)
-        if before not in (None, group):
-            axis.axhline(number - 0.5, color="#DDDDDD", linewidth=0.8)
-        before = group
-        at: Any = {"verticalalignment": "center", "fontsize": 8}
         if row.case.get("side") == DIFFERENCE:
-            beside = axis.get_yaxis_transform()
-            axis.text(0.01, number, cell(row), transform=beside, fontweight="bold", **at)
-            continue
-        colour, marker = STYLES[sides.index(row.case.get("side", "")) % len(STYLES)]
+            continue  # its name says all
         middle = row.median or 0.0
-        low, high = row.p20 or middle, row.p80 or middle
-        ends += [low, high]
-        bars: Any = [[middle - low], [high - middle]]
-        axis.errorbar([middle], [number], xerr=bars, color=colour, marker=marker, capsize=3)
-        place: Any = {"xytext": (8, 0), "textcoords": "offset points"}
-        axis.annotate(cell(row), (high, number), **place, **at)
-    names = [words(row.case, same) for row in rows]
+        bars: Any = [[middle - (row.p20 or middle)], [(row.p80 or middle) - middle]]
+        colour = f"C{sides.index(row.case.get('side', '')) % 10}"
+        axis.errorbar([middle], [number], xerr=bars, color=colour, marker="o", capsize=3)
+        drawn.append(middle)
+    names = [f"{words(row.case, same)}:  {cell(row)}" for row in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    log = max(ends) > 8 * min(ends) > 0
-    axis.set_xscale("log" if log else "linear")
-    axis.set_xlim(min(ends) / 1.5 if log else 0, max(ends) * (6 if log else 1.45))
+    if max(drawn) > 8 * min(drawn) > 0:
+        axis.set_xscale("log")
+    else:
+        axis.set_xlim(left=0)
     axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
     small = rows[0].unit == "images/s"  # which takes no "k" or "M"
     form = StrMethodFormatter("{x:,g}") if small else EngFormatter(rows[0].unit or "")
     axis.xaxis.set_major_formatter(form)
     axis.xaxis.set_minor_formatter(NullFormatter())
-    if log and axis.get_xlim()[1] < 100 * axis.get_xlim()[0]:
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.tick_params(axis="x", labelsize=8)
     label = words({key: rows[0].case[key] for key in same}, ())
-    if rows[0].unit != "s":
-        label = f"{rows[0].unit}; {label}"
-    axis.set_xlabel(label, fontsize=8)
+    axis.set_xlabel(label if rows[0].unit == "s" else f"{rows[0].unit}; {label}", fontsize=8)
 
 
 def _finite(value: Any) -> Any:

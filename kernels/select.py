@@ -37,7 +37,6 @@ def triton_kernels(device: torch.device) -> Kernels | None:
     if device.type != "cuda":
         return None
     if device not in _PROVEN:
-        kernels = None
         try:
             kernels = load()
             with torch.cuda.device(device):

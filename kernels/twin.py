@@ -1,9 +1,9 @@
 """The operations of `prune` and `choose` in plain torch: their specification, for any device.
 
-Same arguments, same bits. Dimensions: N samples, n prunable of them, k of those kept, K = N - n + k
-kept in all. The threshold's twin is `reference.threshold`, which may differ from the kernel's in
-the last place, since the order of the additions does. The distribution is that of
-`reference.choose`, which draws it from a generator instead of a key.
+Same arguments, which are told there, and same bits. Dimensions: N samples, n prunable of them, k of
+those kept, K = N - n + k kept in all. The threshold's twin is `reference.threshold`, which may
+differ from the kernel's in the last place, since the order of the additions does. The distribution
+is that of `reference.choose`, which draws it from a generator instead of a key.
 
 A shuffle is read through a keyed bijection on [0, size), an element at a time: a Feistel network
 over a grid of `rows` x 2**shift cells, of which the first `size` are used. A round adds to the row,
@@ -102,19 +102,8 @@ def permute(positions: Tensor, through: Bijection) -> Tensor:
 
 
 def partition(source: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The samples' numbers with the prunable ones first, both parts in ascending order.
-
-    Args:
-        source: (N,) float32 scores, or (N,) bool, True where a sample is prunable.
-        threshold: () float32 with scores, of which those below it are prunable unless they are
-            -inf; None with a mask.
-
-    Returns:
-        positions (N,) int32, int64 from N = 2**31 on; n, () int64.
-    """
-    prunable = source
-    if threshold is not None:
-        prunable = (source < threshold) & source.isfinite()
+    """The samples' numbers with the prunable ones first, both parts in ascending order; and n."""
+    prunable = source if threshold is None else (source < threshold) & source.isfinite()
     positions = torch.cat([prunable.nonzero(), (~prunable).nonzero()]).view(-1)
     return positions.to(position_dtype(source.numel())), prunable.sum()
 
@@ -124,16 +113,6 @@ def choose(positions: Tensor, n: int, k: int, weight: float, key: int) -> tuple[
 
     The epoch's place j is drawn by a first bijection, on [0, K): draws from k on are the others, a
     draw below k is led by a second one, on [0, n), to the rank of a prunable sample.
-
-    Args:
-        positions: (N,) int32 or int64, from `partition`.
-        n: number of prunable samples, in [0, N].
-        k: number of those to keep, in [0, n].
-        weight: loss weight of the prunable samples kept; all others get 1.
-        key: 64 bits.
-
-    Returns:
-        indices (K,) int64 and weights (K,) float32, in the order of the epoch.
     """
     kept = positions.numel() - n + k
     drawn = shuffle(kept, key, positions.device)

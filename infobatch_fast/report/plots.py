@@ -109,7 +109,6 @@ def _ends(whole: Sequence[Training], blocks: list[Block]) -> None:
             x, y = of.frame["trained"] / 1e6, of.frame["accuracy"]
             axes.plot(x, y, mark, color=colour, markersize=3, alpha=0.6)
             axes.plot([x.mean()], [y.mean()], mark, color=colour, markersize=7, label=of.label)
-        _legend(axes)
 
 
 def _lines(grouped: dict[str, list[Run]], y: str, title: str, blocks: list[Block]) -> None:
@@ -130,18 +129,6 @@ def _lines(grouped: dict[str, list[Run]], y: str, title: str, blocks: list[Block
             floors += [means.iloc[len(means) // 4]] if len(means) > 4 else []
         if floors and y == "accuracy":  # the first epochs are far below; the end is what is read
             axes.set_ylim(bottom=min(floors))
-        _legend(axes)
-
-
-def _legend(axes: Axes) -> None:
-    """Below the plot, in as many columns as fit."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    columns = 2 if max(map(len, labels)) < 40 else 1
-    rows = -(-len(labels) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.17 * rows)
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def _bars(axes: Axes, frame: pd.DataFrame) -> None:
@@ -166,7 +153,6 @@ def _phases(grouped: dict[str, list[Run]], blocks: list[Block]) -> None:
         with _figure("Time by phase", about, blocks, 1.0 + 0.25 * len(frame)) as figure:
             axes = figure.add_subplot(xlabel="seconds an epoch")
             _bars(axes, frame.fillna(0.0))
-            _legend(axes)
 
 
 def _histogram(run: Run, label: str, blocks: list[Block]) -> None:
@@ -188,7 +174,6 @@ def _histogram(run: Run, label: str, blocks: list[Block]) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _legend(axes)
 
 
 def _classes(run: Run, label: str, found: dict[str, np.ndarray], blocks: list[Block]) -> None:
@@ -200,7 +185,8 @@ def _classes(run: Run, label: str, found: dict[str, np.ndarray], blocks: list[Bl
     shares = shares.head(_MOST_CLASSES)
     with _figure(f"Left out by class: {label}", about, blocks, 0.8 + 0.22 * len(shares)) as figure:
         axes = figure.add_subplot(xlabel="left out (%)")
-        _bars(axes, shares.rename(lambda number: _class(run, number)).to_frame())
+        # What begins with "_" has no legend.
+        _bars(axes, shares.rename(lambda number: _class(run, number)).to_frame("_"))
         axes.axvline(100 * (run.saved_share or 0.0), color=_TEXT, linestyle=":")
 
 
@@ -232,12 +218,17 @@ def _class(run: Run, label: int) -> str:
 def _figure(
     title: str, about: str, blocks: list[Block], height: float | None = None
 ) -> Iterator[Figure]:
-    """A figure to draw on, which then is a plot among the blocks."""
+    """A figure to draw on, which then is a plot among the blocks, its legend below it."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": str(next(_numbers))}):
         figure = Figure()
         if height is not None:
             figure.set_figheight(height)
         yield figure
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        if labels:
+            columns = 2 if max(map(len, labels)) < 40 else 1
+            figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(labels) // columns))
+            figure.legend(handles, labels, loc="outside lower left", ncols=columns)
         blocks.append(Plot(title, _svg(figure), about))
 
 

@@ -4,14 +4,13 @@ import math
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
 from infobatch_fast.kernels import choose, reference, twin
-from infobatch_fast.kernels.twin import Bijection, _network, bijection, permute
+from infobatch_fast.kernels.twin import _network, bijection, permute
 from infobatch_fast.telemetry.syncs import host_syncs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,11 +183,12 @@ def test_keys_and_streams_give_unlike_bijections() -> None:
     # Words of 32 bits, each by itself: but for a rare coincidence, all different.
     assert len(words) >= 4 * len(keys) - 4
     # One key's two streams, and two keys that are neighbours: as many equal places as chance has.
-    for a, b in ((many(1000, 400), many(1000, 400, stream=0)), (many(1000, 400), many(1000, 401))):
-        assert abs(int((a == b[-400:]).sum()) - 400) < 5 * math.sqrt(400)
+    orders = many(1000, 401)
+    for other in (many(1000, 400, stream=twin.CHOICE), orders[1:]):
+        assert abs(int((orders[:-1] == other).sum()) - 400) < 5 * math.sqrt(400)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 7, 12, 20, 64, 400])
+@pytest.mark.parametrize("size", [2, 3, 7, 20, 100])
 def test_odd_permutations_are_as_frequent_as_even_ones(size: int) -> None:
     orders = many(size, 1000)
     later = torch.arange(size)[:, None] < torch.arange(size)
@@ -201,17 +201,17 @@ def chi_square(counts: Tensor) -> float:
     return float(stats.chisquare(counts.double().numpy()).pvalue)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("size", [2, 3, 5, 6])
 def test_every_order_is_as_frequent(size: int) -> None:
-    codes = (many(size, 30_000) * size ** torch.arange(size)).sum(1)
+    codes = (many(size, 20_000) * size ** torch.arange(size)).sum(1)
     counts = codes.unique(return_counts=True)[1]
     assert len(counts) == math.factorial(size)
     assert chi_square(counts) > 1e-3
 
 
-@pytest.mark.parametrize("size", [7, 16, 33, 100, 129])
+@pytest.mark.parametrize("size", [7, 33, 129])
 def test_every_element_comes_everywhere(size: int) -> None:
-    led = many(size, 40 * size)
+    led = many(size, 15 * size)
     chances = [chi_square(torch.bincount(led[:, i], minlength=size)) for i in range(size)]
     # Of neighbours too, by how far apart they come to lie.
     apart = (led[:, 1:] - led[:, :-1]) % size
@@ -302,25 +302,7 @@ def test_the_first_half_has_its_share(size: int, keys: int) -> None:
     assert abs(int((prunable[:, 1:] & prunable[:, :-1]).sum()) - together) < 4 * together**0.5
 
 
-def test_choice_and_order_have_keys_of_their_own() -> None:
-    """Whether a prunable sample is kept says nothing of its rank, nor its rank of its place."""
-    n, k = 20_000, 10_000
-    drawn = plans(n, n, k, 20).double()
-    place = torch.arange(k, dtype=torch.float64)
-    correlations = [torch.corrcoef(torch.stack([place, row]))[0, 1].item() for row in drawn]
-    assert ((drawn.mean(1) - (n - 1) / 2).abs() < 4.5 * n / math.sqrt(12 * k * 2)).all()
-    scores = np.array(correlations) * math.sqrt(k)
-    assert np.abs(scores).max() < 4
-    assert 0.5 < scores.std() < 1.5
-
-
 @pytest.mark.parametrize("size", [-1, 2**60])
 def test_refused_sizes(size: int) -> None:
     with pytest.raises(ValueError, match=rf"^size must be in \[0, 2\*\*60\), got {size}$"):
         bijection(size, 0, 0)
-
-
-def test_a_bijection_is_plain_numbers() -> None:
-    one = bijection(7, 0, 0)
-    assert isinstance(one, Bijection)
-    assert all(type(number) is int for number in one)
