@@ -16,8 +16,8 @@ from infobatch_fast import InfoBatch
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.kernels import reference
 from infobatch_fast.plan import Plan
-from infobatch_fast.train import console, ledger, loop
 from infobatch_fast.train import folder as record
+from infobatch_fast.train import ledger, loop
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.ledger import PICTURED, TRACKED, Diverged, Ledger, SampleRecord
@@ -262,26 +262,6 @@ def test_when_a_run_has_diverged(tmp_path, counts: Counts, steps: int | None, ba
         return book.check(counts, steps)
     with pytest.raises(Diverged, match=r"in epoch 1: lower --max-lr \(now 5.2\)"):
         book.check(counts, steps)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "scored", "asked", "left"),
-    [
-        ({}, 100, 60, None),
-        ({}, 100, 95, "100 prunable ones it can leave out 90"),
-        ({"rescale": False}, 100, 101, "100 prunable ones it can leave out 99"),
-        ({"policy": "hard"}, 90, 100, "90 prunable ones it can leave out 89"),
-    ],
-)
-def test_an_epoch_out_of_reach_is_warned_of(kwargs, scored, asked, left) -> None:
-    # Of the three epochs the second and the third can prune: each is asked for half.
-    infobatch = InfoBatch(200, 3, delta=1.0, target_saving=2 * asked / 600, device="cpu", **kwargs)
-    infobatch.scores[:scored] = 0.5
-    if infobatch.pruning.policy == "soft":
-        infobatch.scores[scored:] = 1.5
-    assert console.strained(infobatch.sample(0), infobatch) is None
-    warning = console.strained(infobatch.sample(1), infobatch)
-    assert warning is None if left is None else str(warning).endswith(left)
 
 
 def plan_of(indices: list[int], n: int) -> Plan:

@@ -12,9 +12,8 @@ from infobatch_fast.train.models import make_model
 
 @pytest.mark.parametrize(
     ("name", "classes", "parameters"),
-    [("r18", 10, 11_173_962), ("r34", 10, 21_282_122), ("r50", 10, 23_520_842),
-     ("r101", 10, 42_512_970), ("r50", 100, 23_705_252), ("small", 10, 78_042)],
-)  # fmt: skip
+    [("r18", 10, 11_173_962), ("r50", 100, 23_705_252), ("r50", 10, 23_520_842)],
+)
 def test_parameter_count(name: str, classes: int, parameters: int) -> None:
     assert sum(p.numel() for p in make_model(name, classes).parameters()) == parameters
 
