@@ -217,10 +217,7 @@ def load_folder(
     Args:
         side: pixels of a training image, and test_side of a tested one.
         workers: threads of DALI's, or processes, that decode.
-        cache: whether files' bytes are kept in memory: on, off, or auto, if all are small enough.
-        processes: of this machine, each of which keeps what it reads.
-        max_bad_files: that may be left out since they are no images or cannot be decoded.
-        say: told what takes long.
+        cache: on, off, or auto, if the files are small enough for all `processes` of this machine.
 
     Raises:
         UserError: there is no such folder, a class has no image to train on, or too many files

@@ -19,7 +19,7 @@ from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import Phases, score_histogram
-from infobatch_fast.telemetry.syncs import HostSyncs, host_syncs
+from infobatch_fast.telemetry.syncs import host_syncs
 from infobatch_fast.train import console, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupted, Interrupts, Say
@@ -139,6 +139,7 @@ def train(
             records.write_json(folder / records.BAD, data.bad)
 
     tell_bad()
+    drawing = "off" if settings.host_syncs == "off" else "count"  # which has one that is allowed
     interrupts.deferred = True
     plain = not sys.stdout.isatty()
     with ledger.meter, tqdm(disable=plain, file=sys.stdout, leave=False, unit="step") as bar:
@@ -148,7 +149,7 @@ def train(
                 model.train()  # evaluation left it otherwise, and a capture would keep that
                 # Of an epoch that is resumed midway the first part is not known.
                 syncs = None if settings.host_syncs == "off" or plan is not None else 0
-                with phases("choose"), _watch(settings, device, "count") as watch:
+                with phases("choose"), host_syncs(device, drawing) as watch:
                     if plan is None:
                         step.begin_epoch()
                         plan = _draw(infobatch, epoch, whole)
@@ -163,7 +164,7 @@ def train(
                 bar.update(start)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
-                with _watch(settings, device, settings.host_syncs) as watch:
+                with host_syncs(device, settings.host_syncs) as watch:
                     starting = partial(ledger.starting, watch)
                     batches = _batches(loader, part, advance, phases, starting)
                     for number, (images, labels, batch) in enumerate(batches, start + 1):
@@ -250,13 +251,6 @@ def _batches(
         if graph and graph.pending:
             with starting(0):
                 graph.capture()
-
-
-def _watch(
-    settings: Config, device: torch.device, action: str
-) -> AbstractContextManager[HostSyncs]:
-    """`host_syncs`, if --host-syncs asks for it."""
-    return host_syncs(device, "off" if settings.host_syncs == "off" else action)
 
 
 def _schedule(settings: Config, epoch: int, number: int, steps: int) -> tuple[float, float]:

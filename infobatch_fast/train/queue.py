@@ -107,16 +107,14 @@ class Plan:
 
 def look(folder: Path) -> tuple[dict[str, Any] | None, int, records.Summary | None]:
     """What a run's folder holds: config.json, how many epochs, and the summary."""
-
-    def read(name: str) -> dict[str, Any] | None:
-        path = folder / name
-        return records.read_object(path.read_text(), str(path)) if path.exists() else None
-
-    about, found, epochs = read(records.CONFIG), read(records.SUMMARY), folder / records.EPOCHS
-    done = epochs.read_bytes().count(b"\n") if epochs.exists() else 0
-    if found is None:
-        return about, done, None
-    return about, done, records.parse(records.Summary, found, str(folder / records.SUMMARY))
+    about, lines, summary = (
+        folder / name for name in (records.CONFIG, records.EPOCHS, records.SUMMARY)
+    )
+    return (
+        records.read_object(about.read_text(), str(about)) if about.exists() else None,
+        lines.read_bytes().count(b"\n") if lines.exists() else 0,
+        records.read(records.Summary, summary) if summary.exists() else None,
+    )
 
 
 def passes_of(pruning: Pruning, epochs: int) -> float:
@@ -219,12 +217,8 @@ def report(
 def run_child(words: Sequence[str], log: Path, show: Callable[[str], None]) -> tuple[int, str]:
     """Run a command to its end; returns its exit code, and the last error or line that it said.
 
-    A signal is passed on to it, and raised as Interrupted when it has ended.
-
-    Args:
-        words: the command's.
-        log: its output, stderr included, is added to this file.
-        show: is given each line of it.
+    All that it says, on stderr too, is added to the log, and shown line by line. A signal is
+    passed on to it, and raised as Interrupted when it has ended.
     """
     said: deque[str] = deque(["it said nothing"], maxlen=50)
     path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
