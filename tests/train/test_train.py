@@ -371,11 +371,6 @@ def test_records_are_of_the_plans_and_a_resumed_run_is_the_same(
     assert arrays["kept"].tolist() == kept.tolist()  # type: ignore[union-attr]
     assert sum(arrays["kept"]) == summary["samples_trained"] < 120 * len(plans)
     assert summary["expected_saving"] == pytest.approx(summary["saved_share"], abs=0.06)
-    data = make_synthetic(120, 24, 10, seed=0)
-    np.testing.assert_array_equal(arrays["labels"], data.labels.numpy())
-    np.testing.assert_array_equal(arrays["pictures"], data.images.numpy()[arrays["pictured"]])
-    np.testing.assert_array_equal(arrays["scores"], scores[-1].numpy())
-    np.testing.assert_array_equal(arrays["tracked"], np.arange(120))
     np.testing.assert_array_equal(arrays["score_history"], torch.stack(scores).numpy())
 
     # A kill in the third epoch, after its checkpoint of two steps.
