@@ -1,6 +1,7 @@
 """Several processes of the trainer, as torchrun starts them: forked, on gloo."""
 
 import faulthandler
+import gc
 import io
 import json
 import math
@@ -75,6 +76,7 @@ class Torn:
 
 def worker(rank: int, folder: Path, words: list[str], hook: Hook) -> None:
     """One process: its output into files, and its end the trainer's."""
+    gc.freeze()  # what the parent left, pipelines with threads too, is not this one's to release
     for number, end in ((1, "o"), (2, "e")):
         os.dup2(
             os.open(f"{folder}/rank{rank}.{end}", os.O_CREAT | os.O_APPEND | os.O_WRONLY), number
