@@ -105,7 +105,7 @@ class Side:
         call: timed.
         repetitions: of the work within a call; the rest is of one repetition.
         images: that it goes through; its figures are then images/s in the place of seconds.
-        flop: of arithmetic at `dtype`.
+        flop: of arithmetic at `dtype`; of it, and of `moved`, the limits were measured before.
         moved: bytes; where it is counted is the comment to a GB/s.
         clock: None is the comparison's.
         more: for its line.
@@ -126,7 +126,6 @@ def interleave(
     *,
     seconds: float,
     rounds: tuple[int, int] = (5, 1000),
-    warmup: int = 1,
     after_round: Callable[[float], object] = lambda share: None,
 ) -> dict[Any, list[float]]:
     """Seconds of each call, by side, all sides in one run.
@@ -137,15 +136,13 @@ def interleave(
     Args:
         sides: what times a call of each, by name, and returns its seconds.
         seconds: start no round after these.
-        rounds: at least and at most so many.
-        warmup: rounds before the first that counts.
+        rounds: at least and at most so many, after one that does not count.
         after_round: told the share of the time that has gone, in [0, 1].
     """
     order = list(sides)
     shuffle = random.Random(0).shuffle
-    for _ in range(warmup):
-        for name in order:
-            sides[name]()
+    for name in order:
+        sides[name]()
     values: dict[Any, list[float]] = {name: [] for name in sides}
     began = time.perf_counter()
     for number in range(rounds[1]):
@@ -251,7 +248,6 @@ class Bench:
             **record.provenance(device),
         }
         self._cold: torch.Tensor | None = None
-        make_folder(path.parent)
         self._write()  # what cannot be written is known before the measuring
 
     def compare(
@@ -412,8 +408,9 @@ class Bench:
                 torch.set_float32_matmul_precision(before)
 
     def _limit(self, key: Any, what: str, unit: str, work: float, call: Call) -> None:
-        how: Any = {"seconds": 0.1 if self.quick else 1.0, "rounds": (3, 200), "warmup": 2}
-        rate = work / min(interleave({what: partial(on_device, call, self.device)}, **how)[what])
+        sides = {what: partial(on_device, call, self.device)}
+        took = interleave(sides, seconds=0.1 if self.quick else 1.0, rounds=(3, 200))
+        rate = work / min(took[what])
         self.limits[key] = max(rate, self.limits.get(key, 0.0))
         line = self.add("limits", {"limit": what}, unit, {"median": rate, "count": 1})
         self.say(f"{'limits':10} {what}: {cell(line)}")
@@ -429,12 +426,10 @@ class Bench:
         took, more = statistics.median(values), dict(side.more)
         if side.flop:
             more["TFLOP/s"] = side.flop / took / 1e12
-            if side.dtype in self.limits:
-                more["compute_limit_percent"] = 100 * side.flop / took / self.limits[side.dtype]
+            more["compute_limit_percent"] = 100 * side.flop / took / self.limits[side.dtype]
         if side.moved:
             more |= {"moved_bytes": side.moved, "moved_GB/s": side.moved / took / 1e9}
-            if "copy" in self.limits:
-                more["copy_limit_percent"] = 100 * side.moved / took / self.limits["copy"]
+            more["copy_limit_percent"] = 100 * side.moved / took / self.limits["copy"]
         if side.images:
             rates = spread([side.images / value for value in values])
             return self.add(part, case, "images/s", rates, more)

@@ -23,7 +23,8 @@ from harness import Bench, Options, main, spread
 
 from infobatch_fast import ranks
 from infobatch_fast.errors import UserError
-from infobatch_fast.train import records
+from infobatch_fast.report.lines import read_lines
+from infobatch_fast.train.records import EPOCHS, EpochLine
 
 TITLES = {
     "epoch": "An epoch of the trainer, and merging in it",
@@ -95,7 +96,7 @@ def hops(world: int) -> int:
     return 2 * (world - 1)
 
 
-def train(world: int, samples: int, epochs: int) -> list[records.EpochLine]:
+def train(world: int, samples: int, epochs: int) -> list[EpochLine]:
     """The epochs of a run of the trainer in so many processes of one thread."""
     root = str(Path(__file__).resolve().parents[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -110,9 +111,7 @@ def train(world: int, samples: int, epochs: int) -> list[records.EpochLine]:
         )
         if done.returncode:
             raise UserError(f"the trainer failed with {world} processes: {done.stderr[-300:]}")
-        text = Path(folder, "run", records.EPOCHS).read_text()
-    objects = (records.read_object(line, records.EPOCHS) for line in text.splitlines())
-    return [records.parse(records.EpochLine, each, records.EPOCHS) for each in objects]
+        return read_lines(Path(folder, "run", EPOCHS), EpochLine)[0]
 
 
 def together(world: int, sizes: Sequence[int]) -> dict[int, tuple[list[float], list[float]]]:

@@ -5,7 +5,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,11 +43,7 @@ def trace_syncs(call: Callable[[], object]) -> Counter[str]:
                 torch.cuda.synchronize()
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return syncs_in_trace(json.loads(path.read_text())["traceEvents"])
-
-
-def syncs_in_trace(events: list[dict[str, Any]]) -> Counter[str]:
-    """The host syncs in the events of a profiler's trace, in `trace_syncs`'s second call."""
+        events = json.loads(path.read_text())["traceEvents"]
     calls = [event for event in events if event.get("ph") == "X"]
     (marker,) = (c for c in calls if c["name"] == _MARKER and c.get("cat") == "user_annotation")
     end = marker["ts"] + marker["dur"]

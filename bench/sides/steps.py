@@ -105,12 +105,8 @@ class Trained:
         )
         if not (form.fused and form.loss_kernel) and not self.plain.by_kernels:
             raise Absent("the kernels that it would do without are not here")
-        self.step: TrainStep | GraphStep = self.plain
-        if form.graph:
-            try:
-                self.step = GraphStep(self.plain)  # which raises where a capture fails
-            except ValueError as error:
-                raise Absent(reason(error)) from None
+        # Which raises where a capture fails.
+        self.step = GraphStep(self.plain) if form.graph else self.plain
 
     def warm_up(self, fed: Fed) -> None:
         """The steps that compile and tune; then those of a graph are captured."""

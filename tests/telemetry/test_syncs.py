@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from traced import syncs_in_trace, trace_syncs
+from traced import trace_syncs
 
 from infobatch_fast.telemetry.syncs import HostSync, host_syncs
 
@@ -100,30 +100,6 @@ def test_debug_mode_forbids_and_is_put_back(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(RuntimeError, match=r"^something else$"), host_syncs(CUDA, "forbid"):
         raise RuntimeError("something else")
     assert cuda.modes[-1] == "default"
-
-
-def event(name: str, ts: float, dur: float = 1, tid: int = 7, cat: str = "cuda_runtime", ph="X"):
-    return {"name": name, "ts": ts, "dur": dur, "tid": tid, "cat": cat, "ph": ph}
-
-
-def test_syncs_in_a_trace() -> None:
-    waiting = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaFree")
-    waiting += ("cudaMalloc", "cudaMemset", "cudaStreamSynchronize_v3020")
-    going_on = ("cudaMemcpyAsync", "cudaLaunchKernel", "cudaStreamWaitEvent", "cudaMallocAsync")
-    going_on += ("cudaMemsetAsync", "mycudaStreamSynchronize")
-    marker = "infobatch_fast.trace_syncs"
-    events = [
-        event(marker, 130, 1, tid=1, cat="gpu_user_annotation"),  # on the device's row
-        event(marker, 100, 50, cat="user_annotation"),
-        *(event(name, 110) for name in waiting + going_on),
-        event("cudaStreamSynchronize", 149),
-        event("cudaStreamSynchronize", 99),  # before
-        event("cudaStreamSynchronize", 151),  # after
-        event("cudaStreamSynchronize", 120, tid=8),
-        event("cudaStreamSynchronize", 120, cat="kernel"),  # no call of the host's
-        event("cudaStreamSynchronize", 120, ph="i"),
-    ]
-    assert syncs_in_trace(events) == {**dict.fromkeys(waiting, 1), "cudaStreamSynchronize": 2}
 
 
 def test_a_real_trace_has_the_call_in_it() -> None:
