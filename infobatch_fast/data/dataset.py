@@ -83,6 +83,14 @@ class Dataset:
         return (one.shape[1], one.shape[2]) if isinstance(one, Tensor) else one.sides
 
     @property
+    def test_sides(self) -> tuple[int, int]:
+        """Height and width of test images, in pixels."""
+        one = self.test_images
+        if isinstance(one, Tensor):
+            return one.shape[1], one.shape[2]
+        return (one.test_side,) * 2 if hasattr(one, "test_side") else one.sides
+
+    @property
     def bad(self) -> Any:
         """The files that are left out (`BadFiles`), if any were looked for."""
         return getattr(self.images, "bad", None)

@@ -219,7 +219,7 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
     here = config.peek(arguments, "device") or "auto"
     device = find_device(settings.device if settings.dataset == "synthetic" else here)
     data = load_data(settings, device, say)
-    model = make_model(settings.model, data.num_classes, data.sides)
+    model = make_model(settings.model, data.num_classes, data.sides, data.test_sides)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

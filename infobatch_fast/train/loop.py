@@ -55,7 +55,9 @@ def train(
     # Nothing here draws from it; a model with dropout would, on each rank its own.
     torch.manual_seed((settings.seed + (ranks.rank << 32)) % 2**63)
     torch.backends.cudnn.benchmark = True
-    model = make_model(settings.model, data.num_classes, data.sides, seed=settings.seed)
+    model = make_model(
+        settings.model, data.num_classes, data.sides, data.test_sides, seed=settings.seed
+    )
     if settings.sync_batch_norm and ranks.world > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.group)
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore

@@ -9,7 +9,12 @@ LARGE = 64  # pixels a side from which ResNets have torchvision's own stem
 
 
 def make_model(
-    name: str, num_classes: int = 10, sides: tuple[int, int] = (32, 32), *, seed: int = 0
+    name: str,
+    num_classes: int = 10,
+    sides: tuple[int, int] = (32, 32),
+    test_sides: tuple[int, int] | None = None,
+    *,
+    seed: int = 0,
 ) -> nn.Module:
     """A network from images (B, 3, H, W) of these sides to logits (B, C), on the CPU in float32.
 
@@ -22,7 +27,7 @@ def make_model(
     if ":" in name:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            return own_model(name, num_classes, sides)
+            return own_model(name, num_classes, dict.fromkeys((sides, test_sides or sides)))
     # Built without storage: torchvision's own initialisation draws nothing and costs nothing.
     with torch.device("meta"):
         small = name == "small"

@@ -1,5 +1,6 @@
 """The user's own parts: a model or a data set that `module:function` names."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,23 @@ def called(argument: str, name: str, *arguments: Any) -> Any:
         raise UserError(f"{argument} {name} failed: {what}") from error
 
 
-def own_model(name: str, num_classes: int, sides: tuple[int, int]) -> nn.Module:
+def own_model(name: str, num_classes: int, sides: Collection[tuple[int, int]]) -> nn.Module:
     """`timm:NAME` untrained, or what `module:function` makes of the number of classes.
 
-    It is tried on two black images of these sides.
+    It is tried on two black images of each of these sides.
     """
     timm = name.startswith("timm:")
     model = _of_timm(name, num_classes) if timm else called("model", name, num_classes)
-    shape = (2, 3, *sides)
-    try:
-        with torch.no_grad():
-            got = tuple(model.eval()(torch.zeros(shape)).shape)
-        if not any(each.requires_grad for each in model.parameters()):
-            got = "none that is trained"
-    except Exception as error:
-        got = f"{type(error).__name__}: {reason(error)}"
-    if got != (wanted := (2, num_classes)):
-        raise UserError(f"model {name} must make logits {wanted} of images {shape}, got {got}")
+    for shape in ((2, 3, *each) for each in sides):
+        try:
+            with torch.no_grad():
+                got = tuple(model.eval()(torch.zeros(shape)).shape)
+            if not any(each.requires_grad for each in model.parameters()):
+                got = "none that is trained"
+        except Exception as error:
+            got = f"{type(error).__name__}: {reason(error)}"
+        if got != (wanted := (2, num_classes)):
+            raise UserError(f"model {name} must make logits {wanted} of images {shape}, got {got}")
     return model.train()
 
 

@@ -14,6 +14,7 @@ from runs import assert_alike, fails, lines_of, resume, summary_of
 from torch import nn
 from torchvision import models
 
+from infobatch_fast.errors import UserError
 from infobatch_fast.train import config, main
 from infobatch_fast.train.ledger import Ledger
 from infobatch_fast.train.models import make_model
@@ -189,6 +190,11 @@ def test_a_mistake_in_an_own_network_is_one_line(network, message, monkeypatch, 
     asked = f"model {__name__}:made must make logits (2, 3) of images (2, 3, 12, 14), got {message}"
     assert told.startswith((asked, f"model {__name__}:made failed: {message}"))
     assert not Path("run").exists()
+
+
+def test_a_network_is_tried_on_test_images_before_it_trains() -> None:
+    with pytest.raises(UserError, match=r"of images \(2, 3, 20, 20\), got RuntimeError"):
+        make_model(f"{__name__}:own_network", 3, (12, 14), (20, 20))
 
 
 made: Any = None  # by a test
