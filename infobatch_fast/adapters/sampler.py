@@ -241,8 +241,10 @@ class _Picks(Iterator[Pick]):
         return self._chunk.pop()
 
     def state_dict(self) -> dict[str, int]:
-        reached = self.share.reached(len(self.plan) - self.start, self.given)
-        return {"epoch": self.plan.epoch, "position": self.start + reached}
+        reached = self.start + self.share.reached(len(self.plan) - self.start, self.given)
+        if reached == len(self.plan):  # the InfoBatch's, of the same moment, is of the next epoch
+            return {"epoch": self.plan.epoch + 1, "position": 0}
+        return {"epoch": self.plan.epoch, "position": reached}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         if state["epoch"] != self.plan.epoch:
@@ -250,10 +252,7 @@ class _Picks(Iterator[Pick]):
                 f"epoch of the loader's state must be that of the InfoBatch's, {self.plan.epoch}, "
                 f"got {state['epoch']}: load the InfoBatch's first"
             )
-        reached = state["position"]
-        over = reached == len(self.plan)
-        self.given = len(self.part) if over else (reached - self.start) // self.share.world
-        self._ends = self.given
+        self.given = self._ends = (state["position"] - self.start) // self.share.world
 
 
 class Loader(DataLoader):

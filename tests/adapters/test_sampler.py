@@ -302,10 +302,14 @@ def test_a_state_saved_in_mid_epoch_goes_on_with_the_rest(policy: str, stop: int
     assert got == rest + orders[3:]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 10, 11], ids=["within", "last batch", "end"])
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
-def test_stateful_dataloader_resumes_bit_for_bit() -> None:
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_stateful_dataloader_resumes_bit_for_bit(stop: int, workers: int) -> None:
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
     orders = expected()
+    assert len(orders[2]) == 10 * B
 
     def build(infobatch: InfoBatch) -> Any:
         return stateful(
@@ -313,6 +317,7 @@ def test_stateful_dataloader_resumes_bit_for_bit() -> None:
             B,
             sampler=infobatch.sampler(B),
             collate_fn=infobatch.collate(),
+            num_workers=workers,
         )
 
     infobatch = make()
@@ -320,7 +325,7 @@ def test_stateful_dataloader_resumes_bit_for_bit() -> None:
     train(infobatch, loader, range(2))
     for number, ((_, y), batch) in enumerate(loader, 1):
         infobatch.update(losses_of(y, 2), batch)
-        if number == 3:
+        if number == stop:
             break
     states = infobatch.state_dict(), loader.state_dict()
     again = make()
@@ -328,13 +333,13 @@ def test_stateful_dataloader_resumes_bit_for_bit() -> None:
     again.load_state_dict(states[0])
     loader.load_state_dict(states[1])
     got = []
-    for epoch in range(2, EPOCHS):
+    for epoch in range(again.next_epoch, EPOCHS):
         order = []
         for (_, y), batch in loader:
             again.update(losses_of(y, epoch), batch)
             order += batch.indices.tolist()
         got.append(order)
-    assert got == [orders[2][3 * B :], *orders[3:]]
+    assert got == [orders[2][3 * B :]] * (stop == 3) + orders[3:]
 
 
 def test_copies_and_pickles_of_the_wrapped_data() -> None:
