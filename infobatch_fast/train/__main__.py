@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
         _go_on(settings, data, folder, interrupts, say, ranks)
         return
     made = ranks.first and records.make_folder(folder)
-    with _held(folder, ranks):
+    with record.locked(folder) if ranks.first else nullcontext():
         if ranks.first:
             record.check_empty(folder)
         try:
@@ -158,7 +158,7 @@ def _go_on(
     say: Say,
     ranks: Ranks,
 ) -> None:
-    with _held(folder, ranks):
+    with record.locked(folder) if ranks.first else nullcontext():
         if ranks.from_first((folder / records.SUMMARY).exists):
             say(f"resume     nothing to do: {folder} is complete")
             summary = ranks.from_first(
@@ -184,10 +184,6 @@ def _saved(folder: Path, say: Say) -> dict[str, Any] | None:
     say("resume     from the start, as no checkpoint was written yet")
     records.write_epochs(folder / records.EPOCHS, [])
     return None
-
-
-def _held(folder: Path, ranks: Ranks) -> AbstractContextManager[None]:
-    return record.locked(folder) if ranks.first else nullcontext()
 
 
 def _prepared(
