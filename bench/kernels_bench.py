@@ -58,7 +58,8 @@ class KernelsBench(Options):
     def settle(self, cuda: bool) -> Self:
         """With the sizes."""
         default = (50_000, 1_280_000, 1_000_000_000) if cuda else (50_000, 1_000_000)
-        return replace(self, sizes=tuple(sorted(set(self.sizes or default[: 3 - 2 * self.quick]))))
+        sizes = self.sizes or (default[:1] if self.quick else default)
+        return replace(self, sizes=tuple(sorted(set(sizes))))
 
 
 def measure(bench: Bench, options: KernelsBench) -> None:

@@ -8,11 +8,10 @@ do, measured in the same run, for work that is counted (`sides/work.py`): TFLOP/
 operation: a fused step moves fewer, so that its share may pass 100%.
 """
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -33,6 +32,7 @@ from infobatch_fast.data.loader import make_loader
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.errors import UserError
 from infobatch_fast.plan import Plan
+from infobatch_fast.train.loop import available_cores
 
 TITLES = {
     "training": "Training, alone and fed (TFLOP/s, % of arithmetic, % of copying what "
@@ -59,7 +59,7 @@ class Throughput(Options):
         max_autotune: compare the last form with max_autotune and conv_1x1_as_mm as well.
         foreach_lars: the same with torch's operations in the place of the LARS kernels.
         torch_cross_entropy: the same with torch's loss in the place of the kernel.
-        workers: processes of the loaders that have any; default one a core.
+        workers: processes of the loaders that have any, by default one a core.
         files: JPEGs to read, made of the images; default 4096 on a GPU, 1024 on a CPU; 0: none.
     """
 
@@ -69,36 +69,27 @@ class Throughput(Options):
     max_autotune: bool = False
     foreach_lars: bool = False
     torch_cross_entropy: bool = False
-    workers: Annotated[int | None, shown("INT")] = None
+    workers: int = field(default_factory=available_cores)
     files: Annotated[int | None, shown("INT")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, values in (
-            ("batch_sizes", self.batch_sizes),
-            ("workers", (self.workers,)),
-            ("files", (self.files or None,)),
-        ):
-            for value in values:
-                if value is not None and value < 1:
-                    raise UserError(f"{name} must be at least 1, got {value}")
+        counts = [("workers", self.workers), ("files", self.files or 1)]
+        for name, value in counts + [("batch_sizes", each) for each in self.batch_sizes]:
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
         if self.models == () == self.batch_sizes and self.files == 0:
             raise UserError("files must be at least 1 where models and batch_sizes are none, got 0")
 
     def settle(self, cuda: bool) -> Self:
         """With everything that the device decides."""
-        known = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-        on_cpu: tuple[FormName, ...] = (
-            ("channels_last",) if self.quick else ("eager", "channels_last")
-        )
-        on_device = 64 if self.quick else 4096 if cuda else 1024
+        on_cpu = ("channels_last",) if self.quick else ("eager", "channels_last")
+        files = 64 if self.quick else 4096 if cuda else 1024
         return replace(
             self,
             models=(("r50",) if cuda else ("small",)) if self.models is None else self.models,
             forms=self.forms or (("amp", "compiled", "graph") if cuda else on_cpu),
-            workers=self.workers or cores,
-            files=on_device if self.files is None else self.files,
+            files=files if self.files is None else self.files,
         )
 
 
@@ -120,7 +111,7 @@ def measure(bench: Bench, options: Throughput) -> None:
     whole = every.sample(0)
     part = first(whole, 1000 if options.quick else 50_000 if bench.device.type == "cuda" else 8192)
     for batch_size in options.batch_sizes:
-        of = Pass(data, part, batch_size, options.workers or 1, options.seed)
+        of = Pass(data, part, batch_size, options.workers, options.seed)
         sides = {
             name: partial(loader_side, make, of) for name, make in loader_sides(of.workers).items()
         }
@@ -139,12 +130,12 @@ def measure_folders(bench: Bench, data: Dataset, options: Throughput) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = load_folder(
             write_folder(data, count, Path(scratch)),
-            workers=options.workers or 1,
+            workers=options.workers,
             cache="off",
             say=lambda line: None,
         ).to(bench.device)
         of = Pass(
-            *(files, whole, min(128, count // 2), options.workers or 1, options.seed),
+            *(files, whole, min(128, count // 2), options.workers, options.seed),
             limits=LIMITS[bench.device.type],
             image_bytes=0,
         )

@@ -47,7 +47,7 @@ class Pass:
     batch_size: int
     workers: int
     seed: int
-    limits: tuple[float, float] = (1e-4, 1e-4)
+    limits: tuple[float, float] = (2e-4, 2e-4)
     image_bytes: int = IMAGE_BYTES
 
     @property

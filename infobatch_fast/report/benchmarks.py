@@ -85,8 +85,8 @@ def cell(line: Line, ends: bool = False) -> str:
         low, high = more.get("low_seconds"), more.get("high_seconds")
         if low is None or high is None:
             return f"{value} (too few pairs for an interval)"
-        share = f"; {figures(more['median_percent'])}%" if "median_percent" in more else ""
-        return f"{value} ({seconds(low)} to {seconds(high)}{share})"
+        share = figures(more["median_percent"])
+        return f"{value} ({seconds(low)} to {seconds(high)}; {share}%)"
     if ends and None not in (spread := (line.p20, line.p80)):
         value += f" [{', '.join(amount(of, line.unit) for of in spread if of is not None)}]"
     beside = [f"{figures(more['TFLOP/s'])} TFLOP/s"] if "TFLOP/s" in more else []
