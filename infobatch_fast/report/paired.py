@@ -14,6 +14,7 @@ from infobatch_fast.report.runs import Run, Section
 from infobatch_fast.report.text import counted
 
 WIDTH = 0.2  # points; a difference known to ± so much is decided
+ALIKE = 0.02  # of full data's samples; a target that was missed by a little stays with its like
 _MOST_SEEDS = 1000  # of more the normal distribution tells as well
 
 
@@ -130,27 +131,31 @@ def against_shorter(mine: Training, others: Sequence[Training]) -> Paired | None
     return _paired(mine, full) if mine.pruning != FULL else None
 
 
-def by_budget(rows: Sequence[Training]) -> list[tuple[float, list[tuple[Training, Paired | None]]]]:
-    """Trainings that saw equally many samples, to 1%, each against the longest of full data.
+def by_budget(rows: Sequence[Training]) -> list[list[tuple[float, Training, Paired | None]]]:
+    """Trainings that saw equally many samples, to ALIKE, each against the longest of full data.
 
     Returns:
-        (share of that one's samples, its trainings, full data first), by share downwards, of the
-        shares at which something that prunes has a rival.
+        Groups from most samples to fewest, full data first in each, of those in which something
+        that prunes has a rival: shares of the longest's samples, and the trainings.
     """
     longest = max((of for of in rows if of.pruning == FULL), key=lambda of: of.epochs, default=None)
     if longest is None:
         return []
     samples = longest.frame["trained"].mean()
-    groups: dict[float, list[tuple[Training, Paired | None]]] = {}
-    for row in sorted(rows, key=lambda row: row.pruning != FULL):
-        share = round(row.frame["trained"].mean() / samples, 2)
-        pair = None if row is longest else _paired(row, [longest], near=False)
-        groups.setdefault(share, []).append((row, pair))
-    return [
-        (share, groups[share])
-        for share in sorted(groups, reverse=True)
-        if len(groups[share]) > 1 and groups[share][-1][0].pruning != FULL
+    found = [
+        (
+            float(row.frame["trained"].mean() / samples),
+            row,
+            None if row is longest else _paired(row, [longest], near=False),
+        )
+        for row in sorted(rows, key=lambda row: row.pruning != FULL)
     ]
+    most: list[float] = []  # of each group's shares
+    for share in sorted((share for share, *_ in found), reverse=True):
+        if not most or most[-1] - share > ALIKE:
+            most.append(share)
+    groups = [[of for of in found if 0 <= top - of[0] <= ALIKE] for top in most]
+    return [group for group in groups if len(group) > 1 and group[-1][1].pruning != FULL]
 
 
 def shorter_epochs(run: Run) -> int:

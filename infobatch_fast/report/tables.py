@@ -90,12 +90,12 @@ def budget_table(section: Section) -> list[Block]:
         return []
     cells = [
         [
-            *(f"{100 * share:.0f}%", row.label, str(row.epochs), str(len(row.frame))),
+            *(f"{100 * share:.1f}%", row.label, str(row.epochs), str(len(row.frame))),
             mean([*row.frame["accuracy"]], 2),
             *(NONE if of is None else _brief(of) for of in (full, against_shorter(row, rows))),
         ]
-        for share, group in groups
-        for row, full in group
+        for group in groups
+        for share, row, full in group
     ]
     head = ["samples", "training", "epochs", "seeds", "accuracy %"]
     about = (
@@ -212,7 +212,7 @@ def _told(one: Paired, unit: str = "") -> str:
     points = f"{one.mean:+.2f} points{unit}, {one.verdict}"
     if one.half is None:
         return f"{points} (1 seed: the noise is not known)"
-    more = f"; about {one.more} more would tell" if one.verdict == "undecided" else ""
+    more = f"; about {one.more} more would tell to ±{WIDTH:g}" if one.verdict == "undecided" else ""
     interval = f"{one.mean - one.half:+.2f} to {one.mean + one.half:+.2f}"
     return f"{points} (95% interval {interval}, {len(one.points)} seeds{more})"
 
