@@ -118,6 +118,7 @@ def settle(options: Options, extra: Sequence[str]) -> Options:
     if not options.seeds:
         raise UserError("seeds must be one or more, got none")
     own = {*options.words(Pruning(), 0, epochs, 0.5), "--data-dir", "--out", "--resume"}
+    own |= {"--delta", "--target-saving", "--budget", "--compare"}
     for word in extra:
         if (flag := word.split("=")[0].replace("_", "-")).startswith("--") and flag in own:
             raise UserError(f"the words after -- must leave {flag} to the plan, got {word}")
@@ -180,9 +181,9 @@ def budget_runs(epochs: int) -> Iterator[tuple[Pruning, int]]:
             yield Pruning(policy, rescale=rescale, target_saving=1 - budget), epochs
         with suppress(ValueError):
             spending = spend(budget, epochs)
-            for policy in ("hard", "ucb"):
-                saving = spending.pruning["target_saving"]
-                yield Pruning(policy, target_saving=saving), spending.epochs  # pyright: ignore
+            if saving := spending.pruning.get("target_saving"):  # else it is full data
+                for policy in ("hard", "ucb"):
+                    yield Pruning(policy, target_saving=saving), spending.epochs
 
 
 def plan_lines(plan: Sequence[queue.Planned]) -> Iterator[str]:

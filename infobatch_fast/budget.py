@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Spending(NamedTuple):
     """
 
     epochs: int
-    pruning: dict[str, str | float]
+    pruning: dict[str, Any]
 
 
 def spend(budget: float, num_epochs: int, delta: float = DELTA) -> Spending:
@@ -116,7 +116,7 @@ class Schedule:
         """The epoch's ratio, in [0, below); ValueError, which names the schedule, for another."""
         try:
             given = float(self.function(ratio, epoch, first))
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             what = f"failed: {type(error).__name__}: {reason(error)}"
             raise ValueError(f"ratio_schedule {self.name} {what}") from error
         if not 0 <= given < below:

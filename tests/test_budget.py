@@ -68,7 +68,7 @@ def test_a_budget_is_hit_within_half_a_percent(
     share: float, num_epochs: int, batch: int | None
 ) -> None:
     epochs, pruning = spend(share, num_epochs)
-    infobatch = InfoBatch(1003, epochs, device="cpu", **pruning)  # pyright: ignore
+    infobatch = InfoBatch(1003, epochs, device="cpu", **pruning)
     generator, trained = torch.Generator().manual_seed(1), 0
     for epoch in range(epochs):
         plan = infobatch.sample(epoch, batch)

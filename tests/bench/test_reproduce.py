@@ -65,6 +65,8 @@ def test_the_runs_of_a_budget() -> None:
         *(f"e12-{policy}-save0.333333" for policy in policies[1:]),
         *("e16-random-save0.5-norescale", "e12-full"),
     }
+    # Half of four epochs is spent by two of full data.
+    assert {"e2-full-s0", "e4-hard-save0.5-s0"} <= set(names("budget", epochs=4))
 
 
 def test_all_tables_train_each_run_once_and_the_trainer_takes_their_commands() -> None:
