@@ -254,18 +254,23 @@ class InfoBatch:
         else:
             choice = self._choice(view)
         positions = choice.prunable
+        no_number = scores.numel() + 1
         if choice.priority is not None:
             kernels = None  # they draw uniformly
             unknown = (positions & choice.priority.isnan()).any()
-            count = positions.count_nonzero() - (scores.numel() + 1) * unknown
+            count = positions.count_nonzero() - no_number * unknown
         elif kernels is not None:
             positions, count = kernels.partition(positions, limit)
         else:
             count = positions.count_nonzero()
+        if choice.weights is not None:
+            count = count - 2 * no_number * ~choice.weights.isfinite().all()
         n = int(count)  # the epoch's one host sync: K sizes the plan and the loader
         if n < 0:
-            name = self.pruning.policy
-            raise ValueError(f"priority of policy {name} must not be NaN where prunable, got NaN")
+            rule = "priority {} must not be NaN where prunable, got NaN"
+            if n < -no_number:
+                rule = "weights {} must be finite, got others"
+            raise ValueError(rule.format(f"of policy {self.pruning.policy}"))
         if n == 0:
             if self.plan is not None and self.plan.epoch < epoch and not self.recorded:
                 warnings.warn(
@@ -318,8 +323,12 @@ class InfoBatch:
 
     def _expect(self, name: str, given: Tensor | None, dtype: torch.dtype) -> None:
         shape = (self.num_samples,)
-        if given is not None and (given.shape != shape or given.dtype != dtype):
-            got = f"{given.dtype} of shape {tuple(given.shape)}"
+        if given is None:
+            return
+        if not isinstance(given, Tensor) or given.shape != shape or given.dtype != dtype:
+            got = type(given).__name__
+            if isinstance(given, Tensor):
+                got = f"{given.dtype} of shape {tuple(given.shape)}"
             raise ValueError(f"{name} must be {dtype} of shape {shape}, got {got}")
 
     def _keep(self, n: int, target: float, batch_size: int | None) -> int:

@@ -90,8 +90,8 @@ class Choice(NamedTuple):
         prunable: (N,) bool; all others are kept with weight 1.
         priority: (N,) float32 without NaN where prunable: the k highest are kept, of equal ones
             those that the lot falls on. None draws the k uniformly.
-        weights: (N,) float32, loss weights of what is kept; None is n/k for the prunable ones of
-            an unbiased policy and 1 for everything else.
+        weights: (N,) float32, finite, loss weights of what is kept; None is n/k for the prunable
+            ones of an unbiased policy and 1 for everything else.
         memory: for the next epoch's view.
     """
 

@@ -738,6 +738,8 @@ def test_ucb_learns_from_a_full_epoch() -> None:
         ({"memory": {"a": 3}}, "memory a of policy mine must be a tensor, got int"),
         ({"priority": torch.full((9,), torch.nan)}, "priority of policy mine .* NaN"),
         ({"priority": torch.ones(8)}, "priority of policy mine must be .*9"),
+        ({"priority": [1.0] * 9}, "priority of policy mine must be .*, got list"),
+        ({"weights": torch.tensor([math.inf] + 8 * [1.0])}, "weights of policy mine .* finite"),
     ],
 )
 def test_what_a_policy_may_not_give(monkeypatch, choice: dict, words: str) -> None:

@@ -227,7 +227,7 @@ def train(
 def _draw(infobatch: InfoBatch, epoch: int, batch_size: int | None) -> Plan:
     try:
         return infobatch.sample(epoch, batch_size)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if ":" not in infobatch.pruning.policy:
             raise
         # Of the user's own policy, whatever it raises.

@@ -635,11 +635,13 @@ def test_resume_before_the_first_checkpoint_starts_over(finished: Path, tmp_path
     [
         ("bad = lambda view: view.seen", "policy mine:bad failed: TypeError: policy mine:bad must"),
         ("bad = lambda view: 1 / 0", "policy mine:bad failed: ZeroDivisionError: division by zero"),
+        ("def bad(view): exit(3)", "policy mine:bad failed: SystemExit: 3"),
         ("bad = 3", "policy mine:bad must be a function of a View, got 3"),
         (
             "bad = lambda *_: 1.5",
             "ratio_schedule mine:bad must give ratios in [0, 1), got",
         ),
+        ("def bad(*_): exit(3)", "ratio_schedule mine:bad failed: SystemExit: 3"),
     ],
 )
 def test_a_mistake_in_what_is_ones_own(tmp_path, capsys, monkeypatch, body, said) -> None:
