@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 
-from infobatch_fast.adapters.sampler import Sampler
+from infobatch_fast.adapters.sampler import Sampler, sampler_of
 from infobatch_fast.infobatch import InfoBatch
 
 
@@ -48,19 +48,31 @@ class InfoBatchCallback(Callback):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resumed after a validation, Lightning takes an epoch up that has no batches left."""
-        if self.infobatch.next_epoch > trainer.current_epoch:
-            loop = trainer.fit_loop
+        """Resumed after a validation, Lightning takes an epoch up that has no batches left.
+
+        Raises:
+            ValueError: the loader is another InfoBatch's, or this one has trained without the
+                Trainer.
+        """
+        owners = [sampler.infobatch for sampler in _samplers(trainer)]
+        if owners and self.infobatch not in owners:
+            raise ValueError("a train_dataloader must be of the callback's InfoBatch, got none")
+        loop, epoch = trainer.fit_loop, self.infobatch.next_epoch
+        if epoch > trainer.current_epoch:
             loop.max_batches = loop.epoch_loop.batch_progress.current.ready
+            if not loop.max_batches:
+                raise ValueError(
+                    f"the InfoBatch must be at the Trainer's epoch, {trainer.current_epoch}, got "
+                    f"one at epoch {epoch}: make a new one, or go on by ckpt_path"
+                )
             trainer.val_check_batch = loop.max_batches
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The loader's length is asked for before the next epoch is set: it is that one's."""
         following = trainer.current_epoch + 1
         if following < self.infobatch.num_epochs:
-            for loader in CombinedLoader(trainer.train_dataloader).flattened:
-                sampler = getattr(loader, "sampler", None)
-                if isinstance(sampler, Sampler) and sampler.infobatch is self.infobatch:
+            for sampler in _samplers(trainer):
+                if sampler.infobatch is self.infobatch:
                     sampler.set_epoch(following)
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,3 +83,8 @@ class InfoBatchCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning calls it before the first loader is asked for."""
         self.infobatch.load_state_dict(state_dict)
+
+
+def _samplers(trainer: Trainer) -> list[Sampler]:
+    samplers = map(sampler_of, CombinedLoader(trainer.train_dataloader).flattened)
+    return [sampler for sampler in samplers if sampler is not None]

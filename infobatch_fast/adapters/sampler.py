@@ -302,13 +302,20 @@ def loader(
     )
 
 
+def sampler_of(loader: Any) -> Sampler | None:
+    """The `Sampler` of a DataLoader, its own or its batch sampler's; None where there is none."""
+    for each in (loader, getattr(loader, "batch_sampler", None)):
+        if isinstance(sampler := getattr(each, "sampler", None), Sampler):
+            return sampler
+    return None
+
+
 def check(infobatch: InfoBatch, loader: Any) -> str:
     """See `InfoBatch.check`."""
-    sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, Sampler):
-        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    if not isinstance(sampler, Sampler):
-        raise ValueError(f"sampler of the loader must be infobatch.sampler(), got {sampler!r}")
+    sampler = sampler_of(loader)
+    if sampler is None:
+        got = getattr(loader, "sampler", None)
+        raise ValueError(f"sampler of the loader must be infobatch.sampler(), got {got!r}")
     if sampler.infobatch is not infobatch:
         raise ValueError("loader must be of this InfoBatch, got another's")
     weights, count = torch.zeros(infobatch.num_samples), 0

@@ -181,6 +181,16 @@ def test_two_processes_train_as_one_does(
         assert rest["rates"][-1] < 0.01
 
 
+def test_a_loader_or_a_run_that_is_not_the_callbacks_is_refused() -> None:
+    infobatch = make()
+    with pytest.raises(ValueError, match=r"^a train_dataloader must be of the callback's Info"):
+        fit(Module(infobatch), make().loader(Samples(), B))
+    loader = infobatch.loader(Samples(), B)
+    fit(Module(infobatch), loader, max_epochs=2)
+    with pytest.raises(ValueError, match=r"^the InfoBatch must be at .*, 0, got one at epoch 2:"):
+        fit(Module(infobatch), loader)
+
+
 def test_a_trainer_of_more_epochs_or_another_sampler_is_refused() -> None:
     infobatch = make()
     for given in (EPOCHS + 1, -1):
