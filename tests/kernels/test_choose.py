@@ -139,7 +139,7 @@ def many(size: int, count: int, stream: int = twin.ORDER) -> Tensor:
 
 
 def test_it_is_a_bijection() -> None:
-    for size in [*range(1, 300), 999, 1000, 4097, 65_536, 1_000_003]:
+    for size in [*range(1, 300), 999, 1000, 4097, 65_536, 100_003]:
         led = permute(torch.arange(size), bijection(size, size, 0))
         same(led.sort().values, torch.arange(size))
     same(many(1000, 3)[2], twin.shuffle(1000, 2, "cpu"))
@@ -258,19 +258,19 @@ def plans(size: int, n: int, k: int, count: int) -> Tensor:
 
 def test_choice_and_order_together_are_uniform() -> None:
     # N = 4, n = 3, k = 2: three choices, six orders of the three samples, each pair alike.
-    codes = (plans(4, 3, 2, 450) * 4 ** torch.arange(3)).sum(1)
+    codes = (plans(4, 3, 2, 270) * 4 ** torch.arange(3)).sum(1)
     seen, counts = codes.unique(return_counts=True)
     assert len(counts) == 18
     assert chi_square(counts) > 1e-3
     # As those of the reference are.
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(4) < 3
-    drawn = [reference.choose(mask, 3, 2, 1.5, generator)[0] for _ in range(450)]
+    drawn = [reference.choose(mask, 3, 2, 1.5, generator)[0] for _ in range(270)]
     same((torch.stack(drawn) * 4 ** torch.arange(3)).sum(1).unique(), seen)
 
 
 def test_each_prunable_sample_and_pair_is_kept_as_often() -> None:
-    size, n, k, count = 60, 40, 15, 400
+    size, n, k, count = 60, 40, 15, 250
     drawn = plans(size, n, k, count)
     member = torch.zeros(count, size).scatter_(1, drawn, 1.0)
     assert (member[:, n:] == 1).all()

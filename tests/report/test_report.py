@@ -115,6 +115,12 @@ def test_the_page_needs_nothing_and_is_small(report: tuple[Path, str]) -> None:
     assert "<b>&" in page.text  # a class's name, in a plot
 
 
+@pytest.fixture
+def unplotted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take most of a report's time."""
+    monkeypatch.setattr("infobatch_fast.report.__main__.plots", lambda section: [])
+
+
 def test_names_are_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')|`_*\n\x1b[31m"
     write_run(tmp_path / evil, {"model": "<img src=x>", "optimizer": "</style>"})
@@ -135,6 +141,7 @@ def commands(told: str) -> list[list[str]]:
     return [shlex.split(of) for of in re.findall(r"infobatch_fast\.train (.*)", joined)]
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_a_lone_run_is_told_what_it_lacks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +158,7 @@ def test_a_lone_run_is_told_what_it_lacks(
         assert (asked["delta"], asked["epochs"]) == (0.0, epochs)
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_lone_full_data_and_an_incomplete_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +173,7 @@ def test_lone_full_data_and_an_incomplete_run(
     assert commands(capsys.readouterr().out) == [["--resume", str(half)]]
 
 
+@pytest.mark.usefixtures("unplotted")
 def test_the_paper_stands_beside_its_own_setting_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
