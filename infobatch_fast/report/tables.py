@@ -8,6 +8,7 @@ import pandas as pd
 from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.report.page import Block, Code, Heading, Table, Text
 from infobatch_fast.report.paired import (
+    ALIKE,
     WIDTH,
     Paired,
     Training,
@@ -27,10 +28,10 @@ _HOW = (
     "A difference is in points of the last epoch's accuracy, paired by seed, with its 95% t "
     "interval: lower or higher where that leaves out 0, equal where it is within "
     f"±{WIDTH:g} points of it, else undecided, with about how many more seeds would bring it there "
-    "(+n). Training shorter is full data for fewer epochs, on as many samples: what pruning has to "
-    "beat. Time is of training with its pruning, without start-up and evaluation, the median over "
-    "seeds with its range; it is compared on one device and form alone, and means little where "
-    "other work ran beside it."
+    "(+n). Training shorter is full data for fewer epochs, on as many samples as whole epochs come "
+    "near: what pruning has to beat. Time is of training with its pruning, without start-up and "
+    "evaluation, the median over seeds with its range; it is compared on one device and form "
+    "alone, and means little where other work ran beside it."
 )
 # The paper's accuracy in percent, minutes, and seconds of overhead an epoch.
 REPORTED: dict[Pruning, tuple[float, float, float | None]] = {
@@ -205,6 +206,8 @@ def _sentence(row: Training, full: Paired | None, shorter: Paired | None) -> str
         unknown.append("whether training shorter does as well")
     else:
         told += f"; against training shorter ({shorter.against}) {_told(shorter)}"
+        if abs(shorter.saved) > ALIKE:  # as near as whole epochs come
+            told += f", {_less(shorter.saved, 'samples')}"
     return told + f". Not known is {', nor '.join(unknown)}" * bool(unknown) + "."
 
 
