@@ -296,9 +296,12 @@ def _recorded(folder: Path) -> Config:
 
 
 def _check(settings: Config, data: Dataset, ranks: Ranks) -> None:
-    samples = f"the {data.labels.numel()} samples of data_fraction {settings.data_fraction:g}"
-    if settings.batch_size > data.labels.numel():
-        raise UserError(f"batch_size must be at most {samples}, got {settings.batch_size}")
+    if settings.batch_size > (samples := data.labels.numel()):
+        raise UserError(
+            f"batch_size must be at most the {samples} training images that data_fraction "
+            f"{settings.data_fraction:g} and validation {settings.validation} leave, "
+            f"got {settings.batch_size}"
+        )
     if settings.batch_size % ranks.world:
         raise UserError(
             f"batch_size must be a multiple of the {ranks.world} processes, "
