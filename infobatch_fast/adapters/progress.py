@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import check_count
@@ -61,5 +61,7 @@ class ProgressLR(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of `state_dict()`."""
-        self.taken, self.total = state_dict["taken"], state_dict["total"]
+        self.taken = state_dict["taken"]
+        if not isinstance(self.scheduler, LambdaLR):  # whose function, and its total, no state has
+            self.total = state_dict["total"]
         self.scheduler.load_state_dict(state_dict["scheduler"])

@@ -403,6 +403,35 @@ def test_mistakes_get_one_line() -> None:
         list(loader)
 
 
+@pytest.mark.parametrize("kind", ["lambda", "onecycle"])
+def test_a_scheduler_resumed_with_another_batch_size_ends_where_it_should(kind: str) -> None:
+    infobatch = make()
+    rates = []
+    state: Any = None
+    for size, epochs in ((2 * B, range(2)), (B, range(2, EPOCHS))):
+        loader = infobatch.loader(Samples(), size)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        total = EPOCHS * -(-N // size)
+        if kind == "lambda":
+            scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step, total=total: 1 - step / total
+            )
+        else:
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=total)
+        schedule = ProgressLR(scheduler, infobatch, total)
+        if state:
+            schedule.load_state_dict(state)
+        for epoch in epochs:
+            for (_, y), batch in loader:
+                infobatch.update(losses_of(y, epoch), batch)
+                optimizer.step()
+                schedule.step()
+                rates.append(schedule.get_last_lr()[0])
+        state = schedule.state_dict()
+    assert rates[-1] == pytest.approx(0, abs=2e-3)
+    assert len(rates) < EPOCHS * -(-N // B)
+
+
 def test_a_scheduler_that_goes_by_a_metric_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
