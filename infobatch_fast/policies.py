@@ -10,7 +10,7 @@ first epoch is full under every policy.
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -107,15 +107,13 @@ class Policy:
 
     Attributes:
         choose: the function.
-        saving: the share of all samples that a pruning epoch is expected to leave out, exactly but
-            for rounding to whole samples; r is the ratio. `Plan.expected_saving` is its value.
         unbiased: whether, with rescaling, the expected gradient of an epoch is that of all data.
         memory: names of the tensors that it remembers from epoch to epoch.
         history: whether it asks for the view's.
     """
 
     choose: Callable[[View], Choice]
-    saving: str
+    _: KW_ONLY
     unbiased: bool = False
     memory: tuple[str, ...] = ()
     history: bool = False
@@ -225,14 +223,14 @@ def none(view: View) -> Choice:
 
 
 POLICIES: dict[str, Policy] = {
-    "soft": Policy(soft, "r P(score < mean)", unbiased=True),
-    "random": Policy(random, "r", unbiased=True),
-    "hard": Policy(hard, "r"),
-    "orderdp": Policy(orderdp, "r"),
-    "repb": Policy(repb, "r P(sat out, or score < mean of its window)", history=True),
-    "ucb": Policy(ucb, "r", memory=("mean", "variance"), history=True),
-    "seta": Policy(seta, "r"),
-    "none": Policy(none, "0", unbiased=True),
+    "soft": Policy(soft, unbiased=True),
+    "random": Policy(random, unbiased=True),
+    "hard": Policy(hard),
+    "orderdp": Policy(orderdp),
+    "repb": Policy(repb, history=True),
+    "ucb": Policy(ucb, memory=("mean", "variance"), history=True),
+    "seta": Policy(seta),
+    "none": Policy(none, unbiased=True),
 }
 
 
@@ -251,7 +249,7 @@ def find(name: str) -> Policy:
         choose: Callable[[View], Choice] = found
         if not callable(choose):
             raise ValueError(f"policy {name} must be a function of a View, got {found!r:.60}")
-        return Policy(choose, "r", history=True)
+        return Policy(choose, history=True)
     if name not in POLICIES:
         raise ValueError(unknown_name("policy", name, [*POLICIES, "module:function"]))
     if not isinstance(POLICIES[name], Policy):

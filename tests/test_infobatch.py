@@ -539,7 +539,7 @@ def test_what_is_no_policy_no_choice_and_no_batch_is_told(monkeypatch) -> None:
         ),
         (lambda view: Choice(view.seen, weights=view.scores.double()), "weights of policy mine .*"),
     ):
-        monkeypatch.setitem(POLICIES, "mine", Policy(choose, "r"))
+        monkeypatch.setitem(POLICIES, "mine", Policy(choose))
         infobatch = make(5, policy="mine")
         infobatch.scores.fill_(1)
         with pytest.raises((TypeError, ValueError), match=f"^{message}$"):

@@ -345,7 +345,7 @@ def test_orderdp_keeps_the_highest_of_its_pool() -> None:
                 return into[-1]
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(infobatch, "_policy", Policy(spy, "r"))
+                patch.setattr(infobatch, "_policy", Policy(spy))
                 assert torch.equal(infobatch.sample(1).indices, plan.indices)
             priority = choices[0].priority
             assert priority is not None
@@ -700,7 +700,7 @@ def history_kept(view: View) -> Choice:
 
 def test_history_counts_full_epochs_too(monkeypatch) -> None:
     monkeypatch.setitem(
-        POLICIES, "mine", Policy(history_kept, "r", memory=("times", "latest"), history=True)
+        POLICIES, "mine", Policy(history_kept, memory=("times", "latest"), history=True)
     )
     # The first is full, those in the middle prune, the last two are full.
     infobatch = make(100, "mine", epochs=8, delta=0.75)
@@ -744,7 +744,7 @@ def test_ucb_learns_from_a_full_epoch() -> None:
 )
 def test_what_a_policy_may_not_give(monkeypatch, choice: dict, words: str) -> None:
     fit = {"memory": {"a": torch.ones(())}, **choice}
-    entry = Policy(lambda view: Choice(view.seen, **fit), "r", memory=("a",))
+    entry = Policy(lambda view: Choice(view.seen, **fit), memory=("a",))
     monkeypatch.setitem(POLICIES, "mine", entry)
     infobatch = make(9, "mine")
     infobatch.scores.fill_(1.0)
@@ -754,7 +754,7 @@ def test_what_a_policy_may_not_give(monkeypatch, choice: dict, words: str) -> No
 
 def test_labels_reach_a_policy(monkeypatch) -> None:
     labels = torch.arange(12) % 3
-    monkeypatch.setitem(POLICIES, "third", Policy(lambda view: Choice(view.labels == 2), "r"))
+    monkeypatch.setitem(POLICIES, "third", Policy(lambda view: Choice(view.labels == 2)))
     plan = make(12, "third", labels=labels).sample(1)
     assert plan.num_prunable == 4
     with pytest.raises(ValueError, match=r"labels must be torch.int64 of shape \(12,\)"):
@@ -766,7 +766,7 @@ def easiest_first(view: View) -> Choice:
 
 
 def test_a_policy_is_one_function_and_one_line(monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(POLICIES, "easiest", Policy(easiest_first, "r"))
+    monkeypatch.setitem(POLICIES, "easiest", Policy(easiest_first))
     (tmp_path / "mine.py").write_text(
         "from infobatch_fast.policies import Choice\n"
         "easiest = lambda view: Choice(view.seen, priority=-view.scores)\n"
