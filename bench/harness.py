@@ -492,9 +492,9 @@ def main(
                 draw(bench.lines, titles, plot)
             kept = f"{len(bench.lines)} rows are kept in {bench.path}"
             raise Interrupted(stop.number, f"stopped; {kept}") from None
+        drawn = draw(bench.lines, titles, plot)
         for line in tables(bench.lines, titles):
             say(line)
-        drawn = draw(bench.lines, titles, plot)
         say(f"written    {folder}: {name}.jsonl" + f", {plot.name}" * drawn)
 
     return command(body, "ask for smaller sizes")
