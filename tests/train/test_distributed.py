@@ -121,7 +121,7 @@ def start(world: int, folder: Path, *words: object, hook: Hook = nothing) -> Tor
     context: Any = multiprocessing.get_context("fork")
     # In a process of its own: ranks forked beside its thread now and then hang, holding its locks.
     ours, its = context.Pipe()
-    store = context.Process(target=serve, args=(its,))
+    store = context.Process(target=serve, args=(its,), daemon=True)
     store.start()
     port, given = ours.recv(), [*map(str, words)]
     every = [
