@@ -326,6 +326,13 @@ def _command_line(arguments: Sequence[str], default: Config) -> Config:
                 f"got {given[first]} and {value}"
             )
     parsed = cli.parse(Config, arguments, "python -m infobatch_fast.train", default)
-    if not parsed.compare and (seeds := peek(arguments, "seeds")) is not None:
-        raise UserError(f"seeds must be given with --compare alone, got {seeds}")
+    folder = ("--dataset folder", parsed.dataset == "folder")
+    for name, (where, there) in {
+        "seeds": ("--compare", parsed.compare),
+        "train_size": folder,
+        "test_size": folder,
+    }.items():
+        value = peek(arguments, name.replace("_", "-"))
+        if value is not None and not there:
+            raise UserError(f"{name} must be given with {where} alone, got {value}")
     return parsed

@@ -19,10 +19,7 @@ from infobatch_fast.train import config, main
 from infobatch_fast.train.ledger import Ledger
 from infobatch_fast.train.models import make_model
 
-TINY = (
-    "--device cpu --preset quick --train-size 24 --test-size 24 --batch-size 4 --epochs 4 "
-    "--max-lr 0.05 --workers 1"
-).split()
+TINY = "--device cpu --preset quick --batch-size 4 --epochs 4 --max-lr 0.05 --workers 1".split()
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +30,7 @@ def place(tmp_path: Path, monkeypatch) -> None:
 
 def train(folder: Path, *arguments: object, dataset: str = "folder") -> int:
     where = ["--dataset", dataset, "--data-dir", str(folder)]
+    where += "--train-size 24 --test-size 24".split() * (dataset == "folder")
     return main([*TINY, *where, *map(str, arguments)])
 
 
@@ -109,6 +107,7 @@ def test_imagenet_is_the_recipe_of_its_issue() -> None:
         ("--dataset folder", "data_dir must be given with --dataset folder, got none"),
         ("--dataset folder --data-dir absent", "absent/train must be a folder that can be read"),
         ("--dataset folder --workers -1", "workers must be at least 0, got -1"),
+        ("--train-size 24", "train_size must be given with --dataset folder alone, got 24"),
         ("--dataset folders", "dataset must be one of .*, got folders (did you mean folder?)"),
         ("--dataset absent:make --data-dir x", "dataset absent:make cannot be imported"),
         (
