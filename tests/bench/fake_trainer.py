@@ -1,5 +1,6 @@
 """Stands for the trainer: leaves a run's records in a moment, and fails as $FAULTS says."""
 
+import fcntl
 import json
 import os
 import signal
@@ -39,15 +40,17 @@ def main(words: list[str]) -> int:
         config |= {"epochs": int(value("--epochs")), "seed": int(value("--seed"))}
         folder.mkdir()
         (folder / records.CONFIG).write_text(json.dumps({"config": config, "resumed": False}))
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)  # held to the end, as a run's is
     about = json.loads((folder / records.CONFIG).read_text()) | {"resumed": resumed}
     (folder / records.CONFIG).write_text(json.dumps(about))
     pruning, epochs = Pruning.of(about["config"]), about["config"]["epochs"]
     left_out = range(1, pruning.first_full_epoch(epochs))
     lines = folder / records.EPOCHS
     for epoch in range(lines.read_text().count("\n") if lines.exists() else 0, epochs):
+        # Said first: who waits for the line kills the reader, and a pipe closes before the signal.
+        print(f"epoch {epoch + 1}/{epochs}", flush=True)
         with open(lines, "a") as file:
             file.write(f'{{"epoch": {epoch + 1}}}\n')
-        print(f"epoch {epoch + 1}/{epochs}", flush=True)
         if fault == "kill" and epoch == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         while fault == "hang" and epoch == 2:
