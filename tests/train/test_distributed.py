@@ -309,25 +309,25 @@ def test_a_rank_that_is_killed_before_training_is_named(tmp_path) -> None:
 
 def test_a_rank_that_is_killed_as_they_connect_ends_the_other(tmp_path) -> None:
     def hook(rank: int) -> None:
-        distributed.LIMIT = 1.0
+        distributed.LIMIT = 3.0
         if rank == 1:
             dist.init_process_group = lambda *args, **kwargs: os._exit(9)
 
     torn = start(2, tmp_path, *TINY, "--out", tmp_path / "run", hook=hook)
     assert torn.codes == [1, 9]
-    assert torn.said == ["error: the 2 ranks did not come together within 1 s: all stop"]
+    assert torn.said == ["error: the 2 ranks did not come together within 3 s: all stop"]
 
 
 @pytest.mark.parametrize("missing", [0, 1])
 def test_ranks_do_not_wait_forever_for_one_that_never_starts(tmp_path, missing: int) -> None:
     def hook(rank: int) -> None:
-        distributed.START = 1.0
+        distributed.START = 3.0
         if rank == missing:
             os._exit(9)
 
     torn = start(3, tmp_path, *TINY, "--out", tmp_path / "run", hook=hook)
     assert torn.codes == [9 if rank == missing else 1 for rank in range(3)]
-    assert torn.said == ["error: the 3 ranks did not come together within 1 s: all stop"]
+    assert torn.said == ["error: the 3 ranks did not come together within 3 s: all stop"]
 
 
 def test_a_rank_that_is_slow_is_waited_for(tmp_path) -> None:
