@@ -24,6 +24,9 @@ from infobatch_fast.report.text import figures, mean
 NONE = "–"
 # Settings that no suggested command repeats; the last two are older records', no flags any more.
 _UNASKED = FREE - {"seed", "preset", "epochs", "device"} | {"synthetic_easy", "synthetic_hard"}
+# The data set with which alone a setting is a flag.
+_ONLY_OF = dict.fromkeys(["synthetic_samples", "synthetic_classes"], "synthetic")
+_ONLY_OF |= dict.fromkeys(["train_size", "test_size"], "folder")
 _HOW = (
     "A difference is in points of the last epoch's accuracy, paired by seed, with its 95% t "
     "interval: lower or higher where that leaves out 0, equal where it is within "
@@ -54,7 +57,8 @@ def answer(section: Section) -> list[Block]:
     rows = trainings(section)
     if not rows:
         begun = [f"{run.name}, {run.state}" for run in section.runs]
-        goes_on = _command(["--resume", str(section.runs[0].folder)])
+        first = section.runs[0]
+        goes_on = _command(first, ["--resume", str(first.folder)])
         told = Text(f"No run is complete yet: {'; '.join(begun)}.", "answer")
         return [told, Text("This goes on:"), Code(goes_on)]
     against = [(against_full(row, rows), against_shorter(row, rows)) for row in rows]
@@ -255,23 +259,23 @@ def _lacking(
 
 def _train(run: Run, pruning: Pruning, epochs: int) -> list[str]:
     """The trainer's command for a run like this one."""
-    words = []
+    words, dataset = [], run.config["dataset"]
     for name, value in {**run.config, "epochs": epochs}.items():
         flag = name.replace("_", "-")
-        if name in _UNASKED or value is None:
-            continue
-        if name.startswith("synthetic_") and run.config["dataset"] != "synthetic":
+        if name in _UNASKED or value is None or _ONLY_OF.get(name, dataset) != dataset:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", str(value)]
-    return _command([*words, *pruning.flags])
+    return _command(run, [*words, *pruning.flags])
 
 
-def _command(words: Sequence[str]) -> list[str]:
-    """Lines to paste into a shell, each beginning with a flag."""
-    lines = ["python -m infobatch_fast.train"]
+def _command(run: Run, words: Sequence[str]) -> list[str]:
+    """Lines to paste into a shell, each beginning with a flag; by as many processes as the run."""
+    processes = run.record.device.get("processes")
+    by = f"torchrun --nproc-per-node {processes}" if processes else "python"
+    lines = [f"{by} -m infobatch_fast.train"]
     for word in words:
         if word.startswith("--") and len(lines[-1]) > 76:
             lines[-1] += " \\"

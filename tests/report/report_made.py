@@ -26,7 +26,9 @@ SETTINGS = {
     **{"max_lr": 0.4, "weight_decay": 0.0005, "label_smoothing": 0.1, "amp": "off"},
     **{"whole_batches": False, "compile": False, "graph": False, "dataset": "cifar10"},
     **{"loader": "torch", "data_fraction": 1.0, "synthetic_samples": 50_000, "seed": 0},
-    **{"synthetic_classes": 10, "device": "cpu"},
+    **{"synthetic_classes": 10, "device": "cpu", "mixup": 0.0, "ema": 0.0, "log": "off"},
+    **{"train_size": 176, "test_size": 224, "workers": 0, "cache": "auto", "max_bad_files": 0},
+    **{"validation": 0, "label_noise": 0.0, "sync_batch_norm": False},
     **{"eval_every": 1, "checkpoint_every": 0, "telemetry": True, "host_syncs": "off"},
 }
 

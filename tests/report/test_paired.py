@@ -214,13 +214,13 @@ def test_what_is_not_alike_is_not_compared(tmp_path: Path, other: dict) -> None:
 
 
 def test_a_title_tells_settings_apart_by_what_both_records_know(tmp_path: Path) -> None:
-    write_run(tmp_path / "now", {"mixup": 0.2, "max_lr": 0.3})
+    write_run(tmp_path / "now", {"newer": 0.2, "max_lr": 0.3})
     write_run(tmp_path / "older", source_hash="c3" * 32, data_hash=None)
     titles = [section.title for section in sections(read([tmp_path]).runs)]
     for title in titles:
         assert ", max_lr 0." in title
         assert ", source " in title
-        assert "mixup" not in title
+        assert "newer" not in title
         assert "data_hash" not in title
 
 

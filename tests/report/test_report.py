@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_made import FULL, line, write_arrays, write_run
+from report_made import CPU, FULL, line, write_arrays, write_run
 
 from infobatch_fast.report import text as tables
 from infobatch_fast.report.__main__ import main
@@ -172,6 +172,11 @@ def test_lone_full_data_and_an_incomplete_run(
     half = write_run(tmp_path / "half", done=2)
     assert main([str(half), "--out", str(tmp_path / "out")]) == 0
     assert commands(capsys.readouterr().out) == [["--resume", str(half)]]
+    two = write_run(tmp_path / "two", {"dataset": "folder"}, device={**CPU, "processes": 2})
+    assert main([str(two), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert told.count("  torchrun --nproc-per-node 2 -m infobatch_fast.train") == 2
+    assert all("--train-size" in words for words in commands(told))
 
 
 @pytest.mark.usefixtures("unplotted")
