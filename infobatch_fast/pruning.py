@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from infobatch_fast.errors import unknown_name
@@ -44,6 +45,12 @@ class Pruning:
     target_saving: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("ratio", "delta", "target_saving"):
+            value = getattr(self, name)
+            if isinstance(value, Real):  # numpy's are none that a state is loadable with
+                object.__setattr__(self, name, float(value))
+            elif value is not None or name != "target_saving":
+                raise ValueError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.ratio < 1:
             raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
         if not 0 <= self.delta <= 1:

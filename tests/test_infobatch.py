@@ -300,7 +300,8 @@ def test_one_host_read_a_pruned_epoch_and_none_elsewhere() -> None:
 
 
 def test_state_round_trip(tmp_path) -> None:
-    infobatch = with_scores(np.random.default_rng(0).random(50), seed=4)
+    ratio = np.linspace(0, 0.5, 3)[2]  # numpy's number is none of weights_only's
+    infobatch = with_scores(np.random.default_rng(0).random(50), seed=4, ratio=ratio)
     infobatch.scores[3] = torch.nan
     torch.save(infobatch.state_dict(), tmp_path / "state")
     other = make(50, seed=4)
@@ -420,6 +421,8 @@ def test_expected_saving_is_what_is_saved_but_for_rounding() -> None:
         ({"ratio": 1.0}, r"ratio must be in \[0, 1\), got 1.0"),
         ({"ratio": -0.1}, r"ratio must be in \[0, 1\), got -0.1"),
         ({"ratio": float("nan")}, r"ratio must be in \[0, 1\), got nan"),
+        ({"ratio": "0.5"}, "ratio must be a number, got '0.5'"),
+        ({"delta": None}, "delta must be a number, got None"),
         ({"delta": 1.1}, r"delta must be in \[0, 1\], got 1.1"),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
         ({"num_samples": 1.5}, "num_samples must be a whole number of at least 1, got 1.5"),
