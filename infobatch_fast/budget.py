@@ -29,8 +29,8 @@ class Spending(NamedTuple):
 
     Attributes:
         epochs: of the run.
-        pruning: arguments of `InfoBatch`: the recommended policy, and the share of the samples of
-            these epochs to leave out.
+        pruning: arguments of `InfoBatch`: the recommended policy, the share of the samples of these
+            epochs to leave out, and delta.
     """
 
     epochs: int
@@ -57,7 +57,8 @@ def spend(budget: float, num_epochs: int, delta: float = DELTA) -> Spending:
         prunes = Pruning(delta=delta).first_full_epoch(epochs) - 1  # the first epoch is full
         most = min(MOST_OF_A_RUN, MOST_OF_AN_EPOCH * max(0, prunes) / epochs)
         if 0 < saving <= most + 1e-9:
-            return Spending(epochs, {"policy": RECOMMENDED, "target_saving": saving})
+            pruning = {"policy": RECOMMENDED, "target_saving": saving, "delta": delta}
+            return Spending(epochs, pruning)
     full = round(budget * num_epochs)
     if full and abs(full / (budget * num_epochs) - 1) < 0.005:
         return Spending(full, {"policy": "none"})

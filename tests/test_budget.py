@@ -77,6 +77,14 @@ def test_a_budget_is_hit_within_half_a_percent(
     assert trained / (1003 * num_epochs) == pytest.approx(share, rel=0.005)
 
 
+def test_a_budget_is_spent_in_the_epochs_it_was_counted_for() -> None:
+    epochs, pruning = spend(0.9, num_epochs=2, delta=1.0)
+    infobatch = InfoBatch(1000, epochs, device="cpu", **pruning)
+    plan = infobatch.sample(0)
+    infobatch.record(torch.rand(1000), plan.batch(0, 1000))
+    assert len(infobatch.sample(1)) == 800
+
+
 @pytest.mark.parametrize(
     ("share", "epochs", "words"),
     [(1.0, 10, r"budget must be in \(0, 1\), got 1.0"), (0.6, 2, "budget .* got 0.6 of 2 epochs")],
