@@ -318,8 +318,9 @@ def check(infobatch: InfoBatch, loader: Any) -> str:
         raise ValueError(f"sampler of the loader must be infobatch.sampler(), got {got!r}")
     if sampler.infobatch is not infobatch:
         raise ValueError("loader must be of this InfoBatch, got another's")
-    weights, count = torch.zeros(infobatch.num_samples), 0
-    times = torch.zeros(infobatch.num_samples, dtype=torch.int64)
+    # The user's default dtype and device may be others.
+    weights, count = torch.zeros(infobatch.num_samples, dtype=torch.float32, device="cpu"), 0
+    times = torch.zeros_like(weights, dtype=torch.int64)
     for item in loader:
         if not (isinstance(item, Sequence) and len(item) == 2 and isinstance(item[1], Batch)):
             raise ValueError(

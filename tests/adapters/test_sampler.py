@@ -385,6 +385,15 @@ def test_check_says_what_is_wrong() -> None:
         infobatch.check(DataLoader(*parts))
 
 
+def test_check_knows_no_default_dtype() -> None:
+    infobatch = make()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert "each once" in infobatch.check(infobatch.loader(Samples(), B))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_mistakes_get_one_line() -> None:
     infobatch = make()
     with pytest.raises(ValueError, match=r"^dataset must have the 103 samples .*, got 7$"):
