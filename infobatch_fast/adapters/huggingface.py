@@ -209,6 +209,11 @@ class InfoBatchMixin(_Base):
         kwargs |= {"steps_in_epoch": steps, "num_update_steps_per_epoch": updates}
         super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
+    def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> Any:
+        # The Trainer would tell the pace of all samples, those left out among them.
+        trained = self.state.max_steps * self.get_total_train_batch_size(self.args)
+        return super()._finalize_training(trial, trained, start_time)
+
 
 class InfoBatchTrainer(InfoBatchMixin, Trainer):  # pyright: ignore
     """Hugging Face's Trainer with `pruning`, see `InfoBatchMixin`."""

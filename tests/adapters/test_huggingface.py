@@ -151,7 +151,7 @@ def test_every_loss_is_of_its_sample(
         lr_scheduler_type="linear",
         max_grad_norm=1e9,
     )
-    trainer.train()
+    metrics = trainer.train().metrics
     orders = plans(B * accumulate)
     assert trainer.epochs == orders
     assert len(orders[1]) < N
@@ -166,6 +166,8 @@ def test_every_loss_is_of_its_sample(
     assert rates[-1] == 0
     assert rates == sorted(rates, reverse=True)
     assert trainer.recorder.evaluated == pytest.approx(range(1, EPOCHS + 1))
+    pace = metrics["train_samples_per_second"] / metrics["train_steps_per_second"]
+    assert pace == pytest.approx(B * accumulate, rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
