@@ -46,7 +46,8 @@ class InfoBatch(Dataset):
     - `dataset[i]` is the sample, not a pair with its number. Samples of any type will do.
     - An epoch is a pass with updates: a peek, or a pass without, does not count as one. The
       original counts calls of `iter`, of which today's PyTorch makes one a batch.
-    - `len(loader)` before an epoch is that epoch's; with persistent workers once it has begun.
+    - `len(loader)` before an epoch is that epoch's, and after it the next one's; with persistent
+      workers it is an epoch's once that has begun.
     - A kept well-learned sample weighs n/k, the exact ratio, not 1/(1 - prune_ratio), and at least
       one is kept. All weights are 1 once annealing begins, whatever num_epochs * delta is.
     - A sample not seen yet, or whose loss was not finite, has the score NaN, is kept, and takes no

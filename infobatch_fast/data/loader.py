@@ -95,8 +95,8 @@ class Loader:
         wanted = f"torch.int64 of shape ({len(images)},) on {images.device}"
         if _form(self.labels) != wanted:
             raise ValueError(f"labels must be {wanted}, as images are, got {_form(self.labels)}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not hasattr(self.batch_size, "__index__") or self.batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number, from 1, got {self.batch_size}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != CHANNELS or min(values) < 0 or max(values) > 1:
                 raise ValueError(f"{name} must be 3 numbers for pixels in [0, 1], got {values}")

@@ -309,6 +309,7 @@ def test_a_dropped_loader_frees_its_pipeline_and_its_images():
     ("name", "value", "got"),
     [
         ("batch_size", 0, "0"),
+        ("batch_size", 2.0, "2.0"),
         ("pad", 6, "6"),
         ("mean", (125.3, 123.0, 113.9), r"\(125.3, "),
         ("std", (1, 0, 1), r"\(1, 0, 1\)"),
