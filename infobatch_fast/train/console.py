@@ -106,10 +106,11 @@ def pruning_line(settings: Config) -> str:
         line += f"r {of.ratio:g} in {pruning} of {epochs} epochs saves at most "
         line += f"{sum(ratios) / epochs:.1%} x share of the "
         line += PRUNABLE.get(of.policy, "samples seen")
-        if pruning == 0:
-            line += "\nWARNING: no epoch prunes: the first has no scores yet; take more --epochs"
-    full = epochs - of.first_full_epoch(epochs)
-    return line + f"; the last {full} train on all" * (full > 0)
+    if full := epochs - of.first_full_epoch(epochs):
+        line += f"; the last {f'{full} train' if full > 1 else 'trains'} on all"
+    if of.target_saving is None and pruning == 0:
+        line += "\nWARNING: no epoch prunes: the first has no scores yet; take more --epochs"
+    return line
 
 
 def target_line(infobatch: InfoBatch) -> str:
