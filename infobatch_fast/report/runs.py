@@ -213,8 +213,8 @@ def _title(setting: dict[str, Any], varied: Sequence[str], runs: Sequence[Run]) 
     data = str(setting["dataset"])
     if setting["data"] == "synthetic":
         data = "SYNTHETIC data"
-    elif setting["data"] == "files":
-        data += " (from files other than the published ones)"
+    elif setting["data"] == "files" and data.startswith("cifar"):
+        data += " (of files not known to be the published ones)"
     if setting["data_fraction"] != 1:
         data = f"{100 * setting['data_fraction']:g}% of {data}"
     if setting.get("validation"):

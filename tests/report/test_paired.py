@@ -224,6 +224,13 @@ def test_a_title_tells_settings_apart_by_what_both_records_know(tmp_path: Path) 
         assert "data_hash" not in title
 
 
+@pytest.mark.parametrize(("dataset", "told"), [("cifar100", True), ("folder", False)])
+def test_files_are_doubted_where_some_are_published(tmp_path: Path, dataset, told) -> None:
+    write_run(tmp_path / "run", {"dataset": dataset}, data="files")
+    (section,) = sections(read([tmp_path]).runs)
+    assert ("not known to be the published" in section.title) == told
+
+
 @pytest.mark.parametrize(
     "same",
     [
