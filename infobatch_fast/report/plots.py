@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -236,7 +237,8 @@ def _svg(figure: Figure) -> Markup:
     """The drawing alone: no header, no metadata, and no names but those it refers to."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", dpi=144, metadata=nothing)
+    with warnings.catch_warnings(action="ignore"):  # of letters that the reader's fonts may have
+        figure.savefig(buffer, format="svg", dpi=144, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg ") :].replace(_TEXT, "currentColor")
     used = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}

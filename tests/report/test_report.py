@@ -61,7 +61,7 @@ class Page(HTMLParser):
 def write_runs(folder: Path) -> Path:
     """Two seeds of InfoBatch and of full data, one of training shorter, and a benchmark."""
     for seed, accuracy in enumerate((0.80, 0.81)):
-        classes = ["cat", "<b>&", "$x$", "d" * 40]
+        classes = ["犬", "<b>&", "$x$", "d" * 40]
         mine = folder / f"mine{seed}"
         run = write_run(mine, {"seed": seed}, accuracy=accuracy, classes=classes)
         write_run(folder / f"full{seed}", {"seed": seed, **FULL}, accuracy=0.82)
