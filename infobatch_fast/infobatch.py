@@ -112,7 +112,7 @@ class InfoBatch:
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
         self._protected = self._of_all("protect", protect, torch.bool)
         self._labels = self._of_all("labels", labels, torch.int64)
-        triton_kernels(self.scores.device)  # proven now, not in the first epoch
+        self._kernels = triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
         self.asked = 0.0  # samples that a target asked the last epoch drawn to leave out
         self.plan: Plan | None = None  # the last drawn
@@ -234,9 +234,8 @@ class InfoBatch:
 
     def _draw_all(self, epoch: int) -> Plan:
         device, key = self.scores.device, _mix(self.seed, epoch)
-        kernels = triton_kernels(device)
-        if kernels is not None:
-            order = kernels.shuffle(self.num_samples, key, device)
+        if self._kernels is not None:
+            order = self._kernels.shuffle(self.num_samples, key, device)
         else:
             generator = torch.Generator(device).manual_seed(key)
             order = torch.randperm(self.num_samples, generator=generator, device=device)
@@ -246,8 +245,7 @@ class InfoBatch:
         self, epoch: int, budget: Budget, batch_size: int | None
     ) -> tuple[Plan, Mapping[str, Tensor]]:
         scores, policy, view = self.scores, self._policy, self._view(epoch, budget)
-        kernels = triton_kernels(scores.device)
-        limit = None
+        kernels, limit = self._kernels, None
         if kernels is not None and policy.choose is soft and self._protected is None:
             # It needs no mask: the kernel compares as it goes.
             choice, limit = Choice(scores), kernels.threshold(scores)
@@ -378,29 +376,26 @@ class InfoBatch:
                 "has a plan of its own, from sample(epoch)",
                 stacklevel=2,
             )
-        scores = losses if scores is None else per_sample(scores, size, name="scores")
-        self._record(scores, batch)
+        self.record(losses if scores is None else per_sample(scores, size, name="scores"), batch)
         return reference.rescaled_mean(losses, _onto(batch.weights, losses.device))
 
     def record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
         """The half of `update` that writes the scores; where found_inf (1,) is not 0 they stay."""
-        self._record(per_sample(losses, batch.indices.numel()), batch, found_inf)
-
-    def _record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
-        device = self.scores.device
-        losses = _onto(losses.detach(), device)
-        kernels = triton_kernels(device)
-        indices = _onto(batch.indices, device)
+        scores, kernels, indices = self.scores, self._kernels, batch.indices
+        device, size = scores.device, indices.numel()
+        losses = per_sample(losses, size)
+        if losses.device != device or indices.device != device:  # seen in a fifth of to()'s time
+            losses, indices = _onto(losses.detach(), device), _onto(indices, device)
         if self.pruning.score != "loss":
-            before = self.scores.index_select(0, indices)
-            losses = SCORES[self.pruning.score](before, losses)
+            before = scores.index_select(0, indices)
+            losses = SCORES[self.pruning.score](before, losses.detach())
         if kernels is None:
-            reference.record(self.scores, indices, losses, found_inf)
+            reference.record(scores, indices, losses, found_inf)
         else:
-            kernels.record(self.scores, indices.contiguous(), losses.contiguous(), found_inf)
+            kernels.record(scores, indices.contiguous(), losses.contiguous(), found_inf)
         if self._mine is not None:
             self._mine.index_fill_(0, indices, True)
-        self.count(indices.numel())
+        self.count(size)
 
     def count(self, new: int) -> None:
         """The host's half of `record`, for new samples of which a CUDA graph replays the rest."""

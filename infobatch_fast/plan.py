@@ -94,28 +94,29 @@ def per_sample(
         batch_size: B.
         mask: (B, T), what counts of each sample's T losses (real tokens); None is all.
     """
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+    kind: Any = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+    if isinstance(kind, str) or not kind.is_floating_point:
         raise TypeError(f"{name} must be a floating tensor, got {kind}")
-    if losses.dim() == 0 and batch_size == 1:
+    if batch_size == 1 and losses.dim() == 0:
         losses = losses.view(1)
-    if losses.dim() == 0 or losses.shape[0] != batch_size or 0 in losses.shape[1:]:
+    shape = losses.shape
+    if not shape or shape[0] != batch_size or 0 in shape[1:]:
         raise ValueError(
             f"{name} must hold one value per sample of the batch of {batch_size} "
-            f'(reduction="none"), got shape {tuple(losses.shape)}'
+            f'(reduction="none"), got shape {tuple(shape)}'
         )
-    if losses.dtype != torch.float64:
+    if kind != torch.float32 and kind != torch.float64:
         losses = losses.float()
     if mask is not None:
         mask = torch.as_tensor(mask)
-        if mask.shape != losses.shape:
-            shapes = f"{tuple(losses.shape)}, got {tuple(mask.shape)}"
+        if mask.shape != shape:
+            shapes = f"{tuple(shape)}, got {tuple(mask.shape)}"
             raise ValueError(f"mask must have the shape of the losses, {shapes}")
         losses, mask = (each.reshape(batch_size, -1) for each in (losses, mask.to(losses)))
         # What is masked may be anything, NaN too.
         summed = losses.masked_fill(mask == 0, 0.0).mul(mask).sum(1)
         return summed / mask.sum(1).clamp(min=1)
-    return losses if losses.dim() == 1 else losses.flatten(1).mean(1)
+    return losses if len(shape) == 1 else losses.flatten(1).mean(1)
 
 
 def check_count(name: str, value: int) -> None:

@@ -6,10 +6,12 @@ None of these functions waits for the device: the sizes they need are arguments.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 
 def threshold(scores: Tensor) -> Tensor:
@@ -42,10 +44,12 @@ def well_learned(scores: Tensor) -> Tensor:
     Returns:
         (N,) bool; False for a sample not seen.
     """
-    if scores.is_cpu:  # half the time, where every score is finite
-        mean = scores.mean(dtype=torch.float64).numpy()
-        if np.isfinite(mean):
-            return torch.from_numpy(scores.numpy() < mean)
+    if scores.is_cpu and scores.numel():  # a third of the time, where every score is finite
+        values = scores.numpy()
+        with np.errstate(invalid="ignore"):
+            mean = np.add.reduce(values, dtype=np.float64) / len(values)
+        if math.isfinite(mean):
+            return torch.from_numpy(values < mean)
     return scores.nan_to_num(torch.inf, neginf=torch.inf) < threshold(scores)
 
 
@@ -74,29 +78,64 @@ def choose(
     Returns:
         indices (K,) int64 and weights (K,) float32, in the order of the epoch.
     """
-    device = prunable.device
-    # 32 bits where they do: half the memory to shuffle, and the same order on a CPU.
+    # 32 bits where they do: half the memory to shuffle.
     dtype = torch.int32 if prunable.numel() < 1 << 31 else torch.int64
-    others = _positions(~prunable, prunable.numel() - n)
-    lot = torch.randperm(n, generator=generator, device=device, dtype=dtype)
-    if priority is None:
-        kept = _positions(prunable, n).index_select(0, lot[:k])
-    else:
-        drawn = _positions(prunable, n).index_select(0, lot)
-        kept = drawn[priority.index_select(0, drawn).topk(k, sorted=False).indices]
-    kept_in_all = others.numel() + k
-    order = torch.randperm(kept_in_all, generator=generator, device=device, dtype=dtype)
-    weights = torch.ones(order.numel(), dtype=torch.float32, device=device)
-    weights[others.numel() :].fill_(weight)
-    indices = torch.cat([others, kept])
-    return indices.index_select(0, order), weights.index_select(0, order)
+    how: Any = {"generator": generator, "device": prunable.device, "dtype": dtype}
+    if prunable.is_cpu:
+        mask = prunable.numpy()
+        if priority is None:
+            chosen = _thinned(mask, n, k, generator)
+        else:
+            chosen = _highest(mask, n, k, priority.numpy(), generator)
+        rest = np.flatnonzero(~mask)
+        places = torch.randperm(len(rest) + k, **how).numpy()
+        indices = np.concatenate([rest, chosen]).take(places)
+        weighted = places >= len(rest)
+        scaled = weighted.astype(np.float32)  # and no branch by what was drawn
+        scaled *= np.float32(weight)
+        scaled += ~weighted
+        return torch.from_numpy(indices), torch.from_numpy(scaled)
+    # nonzero() would wait for the device to learn the counts, which the caller knows.
+    others = torch.nonzero_static(~prunable, size=prunable.numel() - n).view(-1)
+    drawn = torch.nonzero_static(prunable, size=n).view(-1)
+    drawn = drawn.index_select(0, torch.randperm(n, **how))
+    if priority is not None:
+        drawn = drawn[priority.index_select(0, drawn).topk(k, sorted=False).indices]
+    order = torch.randperm(others.numel() + k, **how)
+    weights = torch.where(order < others.numel(), 1.0, weight).float()
+    return torch.cat([others, drawn[:k]]).index_select(0, order), weights
 
 
-def _positions(mask: Tensor, count: int) -> Tensor:
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))  # twelve times as fast as torch's
-    # nonzero() would wait for the device to learn `count`, which the caller knows.
-    return torch.nonzero_static(mask, size=count).view(-1)
+def _highest(
+    prunable: np.ndarray, n: int, k: int, priority: np.ndarray, generator: torch.Generator
+) -> np.ndarray:
+    """(k,) int64: of the n that are True (N,) those of highest priority, among equals by lot."""
+    if k in (0, n):
+        return np.flatnonzero(prunable)[:k]
+    least = np.partition(priority[prunable], n - k)[n - k]
+    kept, equal = prunable & (priority > least), prunable & (priority == least)
+    number, missing = int(equal.sum()), k - int(kept.sum())
+    kept[_thinned(equal, number, missing, generator)] = True
+    return np.flatnonzero(kept)
+
+
+def _thinned(prunable: np.ndarray, n: int, k: int, generator: torch.Generator) -> np.ndarray:
+    """(k,) int64: uniform ones of the n that are True (N,), in ascending order.
+
+    Each is drawn by itself with a chance (of 8 bits) that seldom gives fewer than k, and of those
+    drawn the surplus is taken out by lot. Of a given number all subsets are equally likely in both
+    steps, and so are they of k. At 50,000 it takes half the time of a permutation, at 1e7 a ninth.
+    """
+    chance, drawn = math.ceil(256 * (k + 2 * math.sqrt(n)) / max(n, 1)), np.empty(0, np.int64)
+    while len(drawn) < k:
+        size = (len(prunable) // 8 + 1,)
+        words = torch.randint(-(1 << 63), (1 << 63) - 1, size, generator=generator)
+        bits = words.numpy().view(np.uint8)[: len(prunable)]
+        drawn = np.flatnonzero(prunable & (bits < chance))
+    lots, surplus = np.zeros(len(drawn), bool), len(drawn) - k
+    while missing := min(k, surplus) - int(lots.sum()):  # as one may be drawn twice
+        lots[torch.randint(len(drawn), (missing,), generator=generator).numpy()] = True
+    return drawn[lots if k < surplus else ~lots]
 
 
 def rescaled_mean(losses: Tensor, weights: Tensor) -> Tensor:
@@ -123,13 +162,15 @@ def record(
         losses: (B,) floating.
         found_inf: () or (1,) float; where it is not 0 the scores stay as they are.
     """
-    new = losses.detach().float()
+    new = losses.detach()
+    if new.dtype != torch.float32:
+        new = new.float()
     # A CPU may look, and numpy's way takes half the time there.
-    if scores.is_cpu and not torch.compiler.is_compiling():
+    if scores.is_cpu and not is_dynamo_compiling():
         if found_inf is not None and found_inf.numpy().any():
             return
         values = new.numpy()
-        if not math.isfinite(values.dot(values)):  # seldom, and it may be that it overflowed
+        if not values.dot(values) < math.inf:  # seldom, and it may be that it overflowed
             values = new.nan_to_num(torch.nan, torch.nan, torch.nan).numpy()
         scores.numpy()[indices.numpy()] = values
         return

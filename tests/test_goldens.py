@@ -20,17 +20,17 @@ SETTINGS = {
     "ablation": {"rescale": False, "anneal": False, "ratio": 0.7, "seed": 2},
 }
 GOLDENS = {
-    "soft": "3cd682890f4bab2a",
-    "random": "6bce5a14b2d110a2",
-    "hard": "4388a3bbf2a4dd1f",
-    "orderdp": "fdd4dde2da454712",
-    "repb": "39b5ffff67659dc5",
-    "ucb": "3460849d406f4681",
-    "seta": "518429de47398429",
+    "soft": "773b4db2983e3232",
+    "random": "0cb4bac75fc7b690",
+    "hard": "e9f67c77d652ce24",
+    "orderdp": "f5661fe77343c7f1",
+    "repb": "abfece75893c82ae",
+    "ucb": "796bb79403fe7ca4",
+    "seta": "7c5b19d8de797f38",
     "none": "62c849dfc383e098",
-    "target": "1df25f91d5c61f27",
-    "bls, pods": "f9fc8b9a58badd15",
-    "ablation": "c9baa80e22c224fb",
+    "target": "377d18ef336b6f0b",
+    "bls, pods": "d40f93ac37bd2adf",
+    "ablation": "3dfc5b32d4ab383c",
 }
 
 

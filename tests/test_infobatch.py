@@ -152,22 +152,24 @@ def test_annealing_epochs_are_full_with_weight_one(epochs: int, delta: float) ->
             assert (plan.weights > 1).any()
 
 
-def test_choice_is_uniform_without_replacement() -> None:
-    # 12 prunable of 16, 6 kept: inclusion counts and pair counts over many seeds.
-    scores = np.array([0.0] * 12 + [10.0] * 4, np.float32)
-    runs, counts, pairs = 2000, np.zeros(12), np.zeros((12, 12))
+@pytest.mark.parametrize(("n", "ratio"), [(12, 0.5), (300, 0.5), (300, 0.1), (300, 0.95)])
+def test_choice_is_uniform_without_replacement(n: int, ratio: float) -> None:
+    # How often each is kept, and each pair together, over many seeds: all about equally.
+    scores, k = np.array([0.0] * n + [10.0] * 4, np.float32), round((1 - ratio) * n)
+    runs, pairs = 1000, np.zeros((n, n))
     for seed in range(runs):
-        plan = with_scores(scores, seed=seed).sample(1)
-        kept = np.zeros(12)
-        kept[[i for i in plan.indices.tolist() if i < 12]] = 1
-        assert kept.sum() == 6
-        counts += kept
+        plan = with_scores(scores, ratio=ratio, seed=seed).sample(1)
+        kept = np.zeros(n)
+        kept[plan.indices[plan.indices < n]] = 1
+        assert kept.sum() == k
         pairs += np.outer(kept, kept)
-    spread = np.sqrt(runs * 0.25)
-    assert np.abs(counts - runs / 2).max() < 4.5 * spread
-    together = 6 * 5 / (12 * 11)
-    off = pairs[~np.eye(12, dtype=bool)]
-    assert np.abs(off - runs * together).max() < 4.5 * np.sqrt(runs * together * (1 - together))
+    own = np.eye(n, dtype=bool)
+    for counts, share in ((pairs[own], k / n), (pairs[~own], k * (k - 1) / (n * (n - 1)))):
+        spread = np.sqrt(runs * share * (1 - share))
+        farthest = stats.norm.isf(1e-4 / counts.size)
+        assert np.abs(counts - runs * share).max() < max(farthest, 6.0) * spread
+        if share > 0.1:
+            assert counts.std() == pytest.approx(spread, rel=0.35)
 
 
 def test_order_is_uniform_and_independent_of_the_choice() -> None:
