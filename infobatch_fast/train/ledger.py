@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from infobatch_fast.data.dataset import Dataset
+from infobatch_fast.data.tree import BadFiles
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.plan import Plan
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import PHASES, PRUNING, peak_memory
-from infobatch_fast.telemetry.syncs import HostSyncs
+from infobatch_fast.telemetry.syncs import HostSyncs, host_syncs
 from infobatch_fast.train import folder, records
+from infobatch_fast.train.cli import Interrupted, Say
 from infobatch_fast.train.config import RESUMABLE, Config
 from infobatch_fast.train.records import EpochLine, Summary
 from infobatch_fast.train.step import Counts, TrainStep
@@ -54,7 +56,7 @@ class Ledger:
         self.since_epoch = 1  # the first that this session trained in
         self.history: list[EpochLine] = []
         self._clear()
-        self._saved_at = -math.inf
+        self._saved_at, self._told = -math.inf, 0
         self._account: str | None = None
         self._then: tuple[float, float | None] = 0.0, None
 
@@ -63,6 +65,7 @@ class Ledger:
         self.spent: dict[str, Any] = dict.fromkeys(SPENT, 0.0)
         self.spent["startup_images"] = 0
         self.phases: dict[str, float] | None = dict.fromkeys(PHASES, 0.0)
+        self.syncs = None if self.settings.host_syncs == "off" else 0
 
     def begin(self) -> None:
         """Count time and energy from now on."""
@@ -85,6 +88,14 @@ class Ledger:
         with watch.allowed(), self.spending("startup"):
             yield
         self.spent["startup_images"] += images * self.ranks.world
+
+    @contextmanager
+    def watching(self, *, choosing: bool = False) -> Iterator[HostSyncs]:
+        """Count the block's host syncs, or forbid them; choosing may have one."""
+        how = self.settings.host_syncs
+        with host_syncs(self.device, "count" if choosing and how != "off" else how) as watch:
+            yield watch
+        self.syncs = _sum([self.syncs, watch.count])
 
     def _joules(self) -> float | None:
         """Those of one card among several would be taken for all."""
@@ -130,6 +141,7 @@ class Ledger:
             images_per_second=_speed(len(plan), self.spent),
             skipped_steps=counts.skipped,
             phases=self.phases,
+            host_syncs=self.syncs,
             **self.spent,
             **measured,
         )
@@ -185,6 +197,25 @@ class Ledger:
                 folder.save(self.path / records.CHECKPOINT, state)
         self._saved_at = time.monotonic()
 
+    def stop(self, signal: int) -> None:
+        """Where there is a signal, part from the other ranks, and raise Interrupted. Collective."""
+        if signal:
+            self.ranks.leave()
+            place = self.settings.data_dir
+            data_dir = f" --data-dir {place}" if place else ""
+            raise Interrupted(signal, f"stopped; continue with --resume {self.path}{data_dir}")
+
+    def tell_bad(self, bad: BadFiles | None, say: Say) -> None:
+        """Write down what files any rank has left out, and tell the user where there are more."""
+        if bad is None:
+            return
+        for found in self.ranks.of_all(bad.why):
+            bad.add(found)
+        if self.ranks.first and len(bad.why) > self._told:
+            self._told = len(bad.why)
+            say(f"WARNING: left out are files, {bad}")
+            records.write_json(self.path / records.BAD, bad)
+
     def restore(self, saved: dict[str, Any]) -> tuple[Plan | None, int]:
         """Take over a checkpoint; returns the plan of the epoch under way and its steps done."""
         path = self.path / records.CHECKPOINT
@@ -209,6 +240,7 @@ class Ledger:
                 tensors = {name: saved["plan"][name].to(self.device) for name in PLAN[:2]}
                 drawn = {**saved["plan"], **tensors}
                 plan = Plan(epoch=self.epoch, num_samples=self.infobatch.num_samples, **drawn)
+                self.syncs = None  # those of the part that is done are not known
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"checkpoint {path} does not fit this run: {type(error).__name__}: {reason(error)}"

@@ -19,10 +19,9 @@ from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import Phases, score_histogram
-from infobatch_fast.telemetry.syncs import host_syncs
-from infobatch_fast.train import console, records
+from infobatch_fast.train import console
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Interrupted, Interrupts, Say
+from infobatch_fast.train.cli import Interrupts, Say
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.graph import GraphStep, obstacle
@@ -51,113 +50,36 @@ def train(
         Interrupted: by a signal, with a checkpoint written.
         UserError: the checkpoint does not fit, or the disk is full.
     """
-    device, samples, epochs = data.images.device, data.labels.numel(), settings.epochs
-    # Nothing here draws from it; a model with dropout would, on each rank its own.
-    torch.manual_seed((settings.seed + (ranks.rank << 32)) % 2**63)
-    torch.backends.cudnn.benchmark = True
-    model = make_model(
-        settings.model, data.num_classes, data.sides, data.test_sides, seed=settings.seed
-    )
-    if settings.sync_batch_norm and ranks.world > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.group)
-    model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
-    infobatch = InfoBatch(
-        samples,
-        epochs,
-        seed=settings.seed,
-        device=device,
-        labels=data.labels,
-        group=ranks.group,
-        **settings.pruning.settings(),
-    )
-    phases = Phases(device, enabled=settings.telemetry)
-    step = TrainStep(
-        model,
-        make_optimizer(
-            settings.optimizer, model, lr=settings.max_lr, weight_decay=settings.weight_decay
-        ),
-        infobatch,
-        amp=settings.amp,
-        label_smoothing=settings.label_smoothing,
-        compile=settings.compile,
-        phases=phases,
-        say=say,
-        ranks=ranks,
-        ema=settings.ema,
-        mixup=settings.mixup > 0,
-    )
-    batch_size = settings.batch_size // ranks.world
-    loader, note = make_loader(
-        settings.loader,
-        data.images,
-        data.labels,
-        batch_size,
-        mean=data.mean,
-        std=data.std,
-        seed=settings.seed,
-    )
-    fed, parameters = type(loader).__name__, sum(p.numel() for p in model.parameters())
-    about = record.describe(device, ranks.world), parameters, infobatch, fed
-    for line in console.header(settings, data, *about):
-        say(line)
-    advance: TrainStep | GraphStep = step
-    if settings.graph:
-        if why := obstacle(step):
-            note = f"WARNING: no CUDA graph, every step runs eagerly: {why}"
-        else:
-            advance = GraphStep(step, say)
-    if note:
-        say(note)
-
+    step, advance, loader = _made(settings, data, say, ranks)
+    infobatch, phases, device = step.infobatch, step.phases, data.images.device
+    assert infobatch is not None
     ledger = Ledger(settings, step, folder, Nvml(device, enabled=settings.telemetry))
     tests = ranks.tests(data, settings.loader)
     log = make_log(settings, folder if ranks.first else None)
+    samples, epochs, batch_size = data.labels.numel(), settings.epochs, loader.batch_size
+    whole = batch_size if settings.whole_batches else None
     plan, start, warned = None, 0, False
     if saved is not None:
         plan, start = ledger.restore(saved)
         if saved.get("kernels") != step.by_kernels:
             say("WARNING: Triton kernels draw other epochs than torch: the rest will differ")
         say(f"resume     from step {start} of epoch {ledger.epoch + 1}")
-    whole = batch_size if settings.whole_batches else None
     # Batch sizes that come again and again. The first steps of each, and captures, are start-up.
     lasting = batch_size, infobatch.share(batch_size).own(samples) % batch_size
-
-    def stop(signal: int) -> None:
-        ranks.leave()
-        data_dir = f" --data-dir {settings.data_dir}" if settings.data_dir else ""
-        raise Interrupted(signal, f"stopped; continue with --resume {folder}{data_dir}")
-
-    told = 0
-
-    def tell_bad() -> None:
-        nonlocal told
-        if data.bad is None:
-            return
-        for found in ranks.of_all(data.bad.why):
-            data.bad.add(found)
-        if ranks.first and len(data.bad.why) > told:
-            told = len(data.bad.why)
-            say(f"WARNING: left out are files, {data.bad}")
-            records.write_json(folder / records.BAD, data.bad)
-
-    tell_bad()
-    drawing = "off" if settings.host_syncs == "off" else "count"  # which has one that is allowed
+    ledger.tell_bad(data.bad, say)
     interrupts.deferred = True
     plain = not sys.stdout.isatty()
     with ledger.meter, tqdm(disable=plain, file=sys.stdout, leave=False, unit="step") as bar:
         ledger.begin()
         for epoch in range(ledger.epoch, epochs):
             with ledger.spending("train"):
-                model.train()  # evaluation left it otherwise, and a capture would keep that
-                # Of an epoch that is resumed midway the first part is not known.
-                syncs = None if settings.host_syncs == "off" or plan is not None else 0
-                with phases("choose"), host_syncs(device, drawing) as watch:
+                step.model.train()  # evaluation left it otherwise, and a capture would keep that
+                with phases("choose"), ledger.watching(choosing=True):
                     if plan is None:
                         step.begin_epoch()
                         plan = _draw(infobatch, epoch, whole)
                     position = min(start * settings.batch_size, len(plan))
                     part = ranks.part(infobatch, plan, position, batch_size)
-                syncs = None if syncs is None else watch.count
                 if (warning := console.strained(plan, infobatch)) and not warned:
                     say(warning)
                     warned = True
@@ -166,27 +88,21 @@ def train(
                 bar.update(start)
                 bar.set_description(f"epoch {epoch + 1}/{epochs}")
 
-                with host_syncs(device, settings.host_syncs) as watch:
+                with ledger.watching() as watch:
                     starting = partial(ledger.starting, watch)
                     batches = _batches(loader, part, advance, phases, starting)
                     for number, (images, labels, batch) in enumerate(batches, start + 1):
                         new = labels.numel() in lasting and step.is_new(images.shape)
-                        cost = starting(labels.numel()) if new else nullcontext()
-                        with cost, phases("step"):
-                            rate = _schedule(settings, epoch, number, steps)
+                        with starting(labels.numel()) if new else nullcontext(), phases("step"):
                             if settings.mixup:
-                                step.share.fill_(
-                                    mixup_share(settings.mixup, settings.seed, epoch, number)
-                                )
-                            advance(images, labels, batch, *rate)
+                                step.share.fill_(_mixed(settings, epoch, number))
+                            advance(images, labels, batch, *_rate(settings, epoch, number, steps))
                         signal, every = ranks.stopping(interrupts), settings.checkpoint_every
                         if (every and number % every == 0) or signal:
                             with watch.allowed():
                                 ledger.save(plan, number)
-                            if signal:
-                                stop(signal)
+                            ledger.stop(signal)
                         bar.update()
-                syncs = None if syncs is None else syncs + watch.count
                 with phases("merge"):
                     infobatch.merge()
                 counts = step.read_counts()  # the host waits for the epoch's steps
@@ -201,27 +117,80 @@ def train(
             (signal,) = ranks.most(interrupts.received or 0)
             if signal:
                 ledger.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
-                stop(signal)
+                ledger.stop(signal)
             line = ledger.close_epoch(
                 plan,
                 counts,
-                lr=_schedule(settings, epoch, steps, steps)[0],
+                lr=_rate(settings, epoch, steps, steps)[0],
                 accuracy=accuracy,
-                host_syncs=syncs,
                 score_histogram=score_histogram(infobatch.scores) if settings.telemetry else None,
             )
             say(console.epoch_line(line, settings, samples))
             log(line)
-            tell_bad()
+            ledger.tell_bad(data.bad, say)
             plan, start = None, 0
             signal, due = ranks.most(interrupts.received or 0, ledger.due())
             if due or epoch + 1 == epochs or signal:
                 ledger.save()
-                if signal and epoch + 1 < epochs:
-                    stop(signal)
+                ledger.stop(signal if epoch + 1 < epochs else 0)
     interrupts.deferred = False
     captured = isinstance(advance, GraphStep) and advance.captured
+    fed = type(loader).__name__
     return ledger.finish(data, compiled=step.compiled, captured=captured, loader=fed)
+
+
+def _made(
+    settings: Config, data: Dataset, say: Say, ranks: Ranks
+) -> tuple[TrainStep, TrainStep | GraphStep, Loader]:
+    """The training step, what runs it, by graphs or not, and the loader; the user is told."""
+    device, labels = data.images.device, data.labels
+    # Nothing here draws from it; a model with dropout would, on each rank its own.
+    torch.manual_seed((settings.seed + (ranks.rank << 32)) % 2**63)
+    torch.backends.cudnn.benchmark = True
+    sides = data.sides, data.test_sides
+    model = make_model(settings.model, data.num_classes, *sides, seed=settings.seed)
+    if settings.sync_batch_norm and ranks.world > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, ranks.group)
+    model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
+    infobatch = InfoBatch(
+        labels.numel(),
+        settings.epochs,
+        seed=settings.seed,
+        device=device,
+        labels=labels,
+        group=ranks.group,
+        **settings.pruning.settings(),
+    )
+    rates: Any = {"lr": settings.max_lr, "weight_decay": settings.weight_decay}
+    step = TrainStep(
+        model,
+        make_optimizer(settings.optimizer, model, **rates),
+        infobatch,
+        amp=settings.amp,
+        label_smoothing=settings.label_smoothing,
+        compile=settings.compile,
+        phases=Phases(device, enabled=settings.telemetry),
+        say=say,
+        ranks=ranks,
+        ema=settings.ema,
+        mixup=settings.mixup > 0,
+    )
+    how = {"mean": data.mean, "std": data.std, "seed": settings.seed}
+    batch_size = settings.batch_size // ranks.world
+    loader, note = make_loader(settings.loader, data.images, labels, batch_size, **how)
+    fed, parameters = type(loader).__name__, sum(p.numel() for p in model.parameters())
+    about = record.describe(device, ranks.world), parameters, infobatch, fed
+    for line in console.header(settings, data, *about):
+        say(line)
+    advance: TrainStep | GraphStep = step
+    if settings.graph:
+        if why := obstacle(step):
+            note = f"WARNING: no CUDA graph, every step runs eagerly: {why}"
+        else:
+            advance = GraphStep(step, say)
+    if note:
+        say(note)
+    return step, advance, loader
 
 
 def _draw(infobatch: InfoBatch, epoch: int, batch_size: int | None) -> Plan:
@@ -255,10 +224,15 @@ def _batches(
                 graph.capture()
 
 
-def _schedule(settings: Config, epoch: int, number: int, steps: int) -> tuple[float, float]:
+def _rate(settings: Config, epoch: int, number: int, steps: int) -> tuple[float, float]:
     """Learning rate and momentum of step `number` (from 1) of the `steps` of an epoch."""
     done = (epoch + (number - 1) / steps) / settings.epochs
     return one_cycle(done, max_lr=settings.max_lr)
+
+
+def _mixed(settings: Config, epoch: int, number: int) -> float:
+    """A step's share of each image's own."""
+    return mixup_share(settings.mixup, settings.seed, epoch, number)
 
 
 @torch.no_grad()
