@@ -31,10 +31,11 @@ _HOW = (
     "A difference is in points of the last epoch's accuracy, paired by seed, with its 95% t "
     "interval: lower or higher where that leaves out 0, equal where it is within "
     f"±{WIDTH:g} points of it, else undecided, with about how many more seeds would bring it there "
-    "(+n). Training shorter is full data for fewer epochs, on as many samples as whole epochs come "
-    "near: what pruning has to beat. Time is of training with its pruning, without start-up and "
-    "evaluation, the median over seeds with its range; it is compared on one device and form "
-    "alone, and means little where other work ran beside it."
+    "(+n). Full data is of as many epochs, else of the most that there are. Training shorter is "
+    "full data for fewer epochs, on as many samples as whole epochs come near: what pruning has to "
+    "beat. Time is of training with its pruning, without start-up and evaluation, the median over "
+    "seeds with its range; it is compared on one device and form alone, and means little where "
+    "other work ran beside it."
 )
 # The paper's accuracy in percent, minutes, and seconds of overhead an epoch.
 REPORTED: dict[Pruning, tuple[float, float, float | None]] = {
