@@ -474,7 +474,7 @@ def main(
         options = options.settle(device.type == "cuda")
         folder = options.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = folder.expanduser()
-        make_folder(folder)
+        made = make_folder(folder)
         record.check_empty(folder)
         asked = {key: value for key, value in asdict(options).items() if key != "out"}
         asked |= {"load_average": load, "cores": os.cpu_count() or 1}
@@ -492,6 +492,12 @@ def main(
                 draw(bench.lines, titles, plot)
             kept = f"{len(bench.lines)} rows are kept in {bench.path}"
             raise Interrupted(stop.number, f"stopped; {kept}") from None
+        except UserError:
+            if not bench.lines:  # the mended command may name the same folder
+                bench.path.unlink()
+                if made:
+                    folder.rmdir()
+            raise
         drawn = draw(bench.lines, titles, plot)
         for line in tables(bench.lines, titles):
             say(line)

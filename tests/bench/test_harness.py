@@ -16,6 +16,7 @@ import throughput
 import torch
 from harness import Absent, Bench, Options, Side
 
+from infobatch_fast.errors import UserError
 from infobatch_fast.report.lines import Line, read_lines
 from infobatch_fast.train.folder import source_hash
 
@@ -220,6 +221,14 @@ def test_a_run_leaves_lines_and_a_plot_and_no_other_run_may_overwrite_them(tmp_p
     assert run(tmp_path) == 2
     assert "some." in capsys.readouterr().err  # what is in the way
     assert read_lines(tmp_path / "some.jsonl", Line)[0] == lines
+
+
+def test_a_mistake_that_is_found_before_the_first_row_leaves_nothing(tmp_path):
+    def measure(bench: Bench, options: Options) -> None:
+        raise UserError("sizes must be fewer than the images, got 9")
+
+    assert harness.main(Options, "some", measure, TITLES, ["--out", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 MISTAKES = [
