@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from infobatch_fast.budget import MOST_WEIGHTED, SCHEDULES, Budget, scheduled_ratio, to_save
 from infobatch_fast.errors import reason
@@ -362,6 +363,8 @@ class InfoBatch:
             TypeError: the losses are no floating tensor, or the batch is none.
             ValueError: the losses are not one a sample.
         """
+        if is_dynamo_compiling():
+            return _outside(self.update, losses, batch, scores, mask)
         if not isinstance(batch, Batch):
             kind = type(batch).__name__
             raise TypeError(f"batch must be the Batch that came with the samples, got {kind}")
@@ -381,6 +384,8 @@ class InfoBatch:
 
     def record(self, losses: Tensor, batch: Batch, found_inf: Tensor | None = None) -> None:
         """The half of `update` that writes the scores; where found_inf (1,) is not 0 they stay."""
+        if is_dynamo_compiling():
+            return _outside(self.record, losses, batch, found_inf)
         scores, kernels, indices = self.scores, self._kernels, batch.indices
         device, size = scores.device, indices.numel()
         losses = per_sample(losses, size)
@@ -552,6 +557,12 @@ class InfoBatch:
         if self._mine is not None:
             self._mine.zero_()
         self._unmerged = False
+
+
+@torch.compiler.disable(reason="InfoBatch counts samples on the host: update it outside of this")
+def _outside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A call that no torch.compile traces: with other counts it would compile each step anew."""
+    return function(*arguments)
 
 
 def _adapter() -> Any:

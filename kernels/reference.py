@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 
 def threshold(scores: Tensor) -> Tensor:
@@ -166,7 +165,7 @@ def record(
     if new.dtype != torch.float32:
         new = new.float()
     # A CPU may look, and numpy's way takes half the time there.
-    if scores.is_cpu and not is_dynamo_compiling():
+    if scores.is_cpu:
         if found_inf is not None and found_inf.numpy().any():
             return
         values = new.numpy()

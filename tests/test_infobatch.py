@@ -571,6 +571,34 @@ def test_masked_losses_count_real_tokens_alone() -> None:
         infobatch.update(losses, batch, mask=mask[:, :2])
 
 
+compiled_with = make(60)  # a global one: torch.compile takes its numbers for constants
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks, and hides it elsewhere
+def test_a_compiled_step_updates_and_is_compiled_once() -> None:
+    infobatch, eager = compiled_with, make(60)
+    values = torch.rand(60, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def step(batch: Batch, indices: torch.Tensor) -> torch.Tensor:
+        return 3 * compiled_with.update((2 * values[indices]).square(), batch)
+
+    compiled = torch.compile(step, backend="eager", dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for epoch in range(3):
+            for of, other in zip(
+                infobatch.sample(epoch, 10).batches(10),
+                eager.sample(epoch, 10).batches(10),
+                strict=True,
+            ):
+                loss = compiled(of, of.indices)
+                wanted = 3 * eager.update((2 * values[other.indices]).square(), other)
+                assert torch.equal(loss, wanted)
+                (got,), (want,) = (torch.autograd.grad(each, values) for each in (loss, wanted))
+                assert torch.equal(got, want)
+    assert torch.equal(infobatch.scores, eager.scores)
+    assert infobatch.recorded == eager.recorded == len(infobatch.plan or [])
+
+
 def test_scores_of_their_own_and_a_batchs_mean() -> None:
     infobatch = with_scores(np.zeros(4))
     batch = Batch(torch.tensor([3, 1]), torch.tensor([2.0, 1.0]))

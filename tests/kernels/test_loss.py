@@ -110,15 +110,6 @@ def test_an_index_out_of_range_writes_nothing(bad: int) -> None:
     same(guarded, wanted)
 
 
-def test_compiled_it_is_torchs_operations() -> None:
-    losses, _, indices, scores = make(200)
-    other = scores.clone()
-    compiled = torch.compile(record.record, backend="aot_eager", fullgraph=True)
-    compiled(scores, indices, losses)
-    record.record(other, indices, losses)
-    same(scores, other)
-
-
 # cross-entropy
 
 
