@@ -242,6 +242,21 @@ def test_global_generators_are_left_alone() -> None:
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-12}
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_torchs_default_device_is_left_out_of_it(policy: str) -> None:
+    infobatch, other = make(100, policy=policy), make(100, policy=policy)
+    for epoch in range(3):
+        want = other.sample(epoch)
+        with torch.device("meta"):
+            plan = infobatch.sample(epoch)
+        assert torch.equal(plan.indices, want.indices)
+        for batch in plan.batches(10):
+            losses = torch.rand(len(batch.indices))
+            other.update(losses, batch)
+            with torch.device("meta"):
+                infobatch.update(losses, batch)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", ["B", "B1", "BT"])
 def test_update_against_brute_force(dtype: torch.dtype, shape: str) -> None:
