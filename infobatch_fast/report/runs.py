@@ -17,6 +17,10 @@ FREE = {"seed", "preset", "epochs", "device", "loader", "host_syncs"}
 FREE |= {"eval_every", "checkpoint_every", "telemetry", "log"}
 FREE |= {"workers", "cache", "max_bad_files"}
 FREE |= {field.name for field in fields(Pruning)}
+# The data set with which alone a setting means something; two are older records'.
+ONLY_OF = dict.fromkeys(["synthetic_samples", "synthetic_classes"], "synthetic")
+ONLY_OF |= dict.fromkeys(["synthetic_easy", "synthetic_hard"], "synthetic")
+ONLY_OF |= dict.fromkeys(["train_size", "test_size"], "folder")
 
 
 @dataclass(frozen=True)
@@ -193,12 +197,11 @@ def sections(runs: Iterable[Run]) -> list[Section]:
 
 def _setting(run: Run) -> dict[str, Any]:
     """What runs must have in common for their figures to be compared."""
-    config = run.config
-    synthetic = config["dataset"] == "synthetic"
+    config, dataset = run.config, run.config["dataset"]
     setting = {
         name: value
         for name, value in config.items()
-        if name not in FREE and (synthetic or not name.startswith("synthetic_"))
+        if name not in FREE and ONLY_OF.get(name, dataset) == dataset
     }
     data = {"genuine": "published"}.get(run.record.data, run.record.data)  # its older name
     setting["data_fraction"] = config.get("data_fraction", 1.0)

@@ -18,15 +18,12 @@ from infobatch_fast.report.paired import (
     shorter_epochs,
     trainings,
 )
-from infobatch_fast.report.runs import FREE, Run, Section
+from infobatch_fast.report.runs import FREE, ONLY_OF, Run, Section
 from infobatch_fast.report.text import figures, mean
 
 NONE = "–"
 # Settings that no suggested command repeats; the last two are older records', no flags any more.
 _UNASKED = FREE - {"seed", "preset", "epochs", "device"} | {"synthetic_easy", "synthetic_hard"}
-# The data set with which alone a setting is a flag.
-_ONLY_OF = dict.fromkeys(["synthetic_samples", "synthetic_classes"], "synthetic")
-_ONLY_OF |= dict.fromkeys(["train_size", "test_size"], "folder")
 _HOW = (
     "A difference is in points of the last epoch's accuracy, paired by seed, with its 95% t "
     "interval: lower or higher where that leaves out 0, equal where it is within "
@@ -263,7 +260,7 @@ def _train(run: Run, pruning: Pruning, epochs: int) -> list[str]:
     words, dataset = [], run.config["dataset"]
     for name, value in {**run.config, "epochs": epochs}.items():
         flag = name.replace("_", "-")
-        if name in _UNASKED or value is None or _ONLY_OF.get(name, dataset) != dataset:
+        if name in _UNASKED or value is None or ONLY_OF.get(name, dataset) != dataset:
             continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")

@@ -237,7 +237,7 @@ def test_files_are_doubted_where_some_are_published(tmp_path: Path, dataset, tol
         {"loader": "dali"},
         {"telemetry": False},
         {"preset": "paper"},
-        {"synthetic_classes": 7},
+        {"synthetic_classes": 7, "train_size": 64},
         {"policy": "none"},
         {"target_saving": 0.2, "ratio": 0.7},
     ],
