@@ -1,5 +1,6 @@
 """Runs' folders and benchmarks' files, found and read; what is damaged gets one line."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -48,8 +49,9 @@ def read(paths: Sequence[Path]) -> Inputs:
     for path in paths:
         found = [*_find(path, _DEEP)]
         if not found:
-            there = "there is no such file or folder"
-            inputs.bad[str(path)] = "it holds no run and no benchmark" if path.exists() else there
+            there = os.path.exists(path)
+            why = "it holds no run and no benchmark" if there else "there is no such file or folder"
+            inputs.bad[str(path)] = why
         for place in found:
             at = place.resolve()
             if at in seen:
@@ -66,12 +68,17 @@ def read(paths: Sequence[Path]) -> Inputs:
 
 
 def _find(path: Path, deep: int) -> Iterator[Path]:
-    """The runs' folders and benchmarks' files that a path stands for."""
+    """The runs' folders and benchmarks' files that a path stands for, and folders kept shut."""
     marks = [path / name for name in (CONFIG, EPOCHS)] + [path] * (path.suffix == ".jsonl")
-    if any(mark.exists() for mark in marks):
+    if any(map(os.path.exists, marks)):  # pathlib's raises where a folder is another user's
         yield path
-    elif path.is_dir() and deep >= 0:
-        for child in sorted(path.iterdir()):
+    elif os.path.isdir(path) and deep >= 0:
+        try:
+            children = sorted(path.iterdir())
+        except OSError:
+            yield path  # whose reading says why
+            return
+        for child in children:
             # A summary of runs says nothing that their folders do not.
             if child.name != RESULTS and not child.name.startswith("."):
                 yield from _find(child, deep - 1)

@@ -223,5 +223,5 @@ def _title(setting: dict[str, Any], varied: Sequence[str], runs: Sequence[Run]) 
     if setting.get("validation"):
         data += f", judged by {setting['validation']:,} held-out training images"
     told = {"model", "dataset", "data", "data_fraction", "validation"}
-    words = [f", {n} {setting[n]}" for n in varied if n in setting and n not in told]
+    words = [f", {n} {setting[n]}" for n in varied if setting.get(n) is not None and n not in told]
     return f"{setting['model']} on {data}, {counted(longest, 'epoch')}" + "".join(words)

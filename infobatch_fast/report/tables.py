@@ -78,8 +78,9 @@ def answer(section: Section) -> list[Block]:
         ]
         head = ["training", "seeds", "accuracy %", "against full data", "against training shorter"]
         blocks += [Table([*head, "fewer samples", "less time"], cells), Text(_HOW, "aside")]
-    seeds = ", ".join(str(run.config["seed"]) for run in lead.runs[1:])
-    likewise = f"; and likewise with --seed {seeds}" * bool(seeds)
+    seeds = {run.config["seed"] for run in lead.runs} - {lead.runs[0].config["seed"]}
+    others = ", ".join(map(str, sorted(seeds)))
+    likewise = f"; and likewise with --seed {others}" * bool(seeds)
     for what, pruning, epochs in _lacking(lead, *pair):
         command = _train(lead.runs[0], pruning, epochs)
         blocks += [Text(f"Lacking is {what}{likewise}:"), Code(command)]

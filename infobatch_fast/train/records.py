@@ -216,9 +216,9 @@ def make_folder(folder: Path) -> bool:
 
 def read(kind: type[RecordT], path: Path) -> RecordT:
     """A record from its file."""
-    if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} must be a regular file, got none")
     with doing(f"read {path}"):
+        if not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} must be a regular file, got none")
         return parse(kind, read_object(path.read_text(), str(path)), str(path))
 
 

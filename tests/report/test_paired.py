@@ -222,6 +222,10 @@ def test_a_title_tells_settings_apart_by_what_both_records_know(tmp_path: Path) 
         assert ", source " in title
         assert "newer" not in title
         assert "data_hash" not in title
+    for of in ("a1" * 8, "b2" * 8):
+        write_run(tmp_path / of, data_hash=of)
+    titles = [section.title for section in sections(read([tmp_path]).runs)]
+    assert sum("data_hash" in title for title in titles) == 2  # what has none is not told
 
 
 @pytest.mark.parametrize(("dataset", "told"), [("cifar100", True), ("folder", False)])

@@ -62,6 +62,22 @@ def test_paths_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert inputs.bad == {}
 
 
+def test_a_folder_kept_shut_is_named_and_the_rest_reported(tmp_path, monkeypatch) -> None:
+    write_run(tmp_path / "mine")
+    (tmp_path / "shut").mkdir()
+    within = Path.iterdir
+
+    def iterdir(path: Path):
+        if path.name == "shut":
+            raise PermissionError(13, "Permission denied")
+        return within(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    inputs = read([tmp_path])
+    assert [run.name for run in inputs.runs] == ["mine"]
+    assert [*inputs.bad] == [str(tmp_path / "shut")]
+
+
 def test_an_incomplete_run(tmp_path: Path) -> None:
     write_run(tmp_path / "a", done=2)
     inputs = read([tmp_path])

@@ -160,6 +160,14 @@ def test_a_lone_run_is_told_what_it_lacks(
 
 
 @pytest.mark.usefixtures("unplotted")
+def test_other_seeds_of_what_is_lacking_are_named_once(tmp_path: Path, capsys) -> None:
+    for number, seed in enumerate((0, 0, 2)):
+        write_run(tmp_path / "runs" / str(number), {"seed": seed})
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert "; and likewise with --seed 2:" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("unplotted")
 def test_lone_full_data_and_an_incomplete_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
