@@ -93,6 +93,8 @@ def command(
         if isinstance(error.__cause__, BrokenPipeError):  # of `| head`: not worth a word
             return 128 + signal.SIGPIPE
         message, code = f"error: cannot write the output: {error}", 2
+    except PermissionError as error:  # of looking into a folder of another user
+        message, code = f"error: cannot look at {error.filename}: {error.strerror}", 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -597,6 +597,14 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch) -> None:
     assert "lower --batch-size" in fails(capsys)
 
 
+def test_a_folder_of_another_user_is_named(capsys, monkeypatch) -> None:
+    def look(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "theirs/config.json")
+
+    monkeypatch.setattr(command, "run", look)
+    assert fails(capsys) == "cannot look at theirs/config.json: Permission denied"
+
+
 @pytest.mark.parametrize("kind", ["count", "forbid"])
 def test_host_syncs_are_counted_and_forbidden(tmp_path, capsys, monkeypatch, kind: str) -> None:
     words = ("--epochs", 2, "--delta", 1, "--checkpoint-every", 5, "--host-syncs", kind, "--out")
