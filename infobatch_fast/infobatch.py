@@ -4,7 +4,6 @@ Unbiased dynamic data pruning (Qin et al., ICLR 2024, arXiv:2303.04947), its sta
 Dimensions: N samples, n prunable, k of those kept, K kept in all, B batch, T loss terms a sample.
 """
 
-import math
 import operator
 import os
 import warnings
@@ -16,11 +15,12 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from infobatch_fast.budget import MOST_WEIGHTED, SCHEDULES, Budget, scheduled_ratio, to_save
+from infobatch_fast.drawing import choice_of, draw, draw_all, expect, key_of
 from infobatch_fast.errors import reason
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
 from infobatch_fast.plan import Batch, Plan, check_count, per_sample
-from infobatch_fast.policies import SCORES, Choice, History, View, find, find_schedule, soft
+from infobatch_fast.policies import SCORES, History, View, find, find_schedule
 from infobatch_fast.pruning import Pruning
 from infobatch_fast.ranks import Share, compare, merge, place
 
@@ -164,10 +164,18 @@ class InfoBatch:
         self.asked = budget.number or 0.0
         if budget.prunes and self.pruning.policy != "none":
             plan, memory = self._draw(epoch, budget, whole)
+            last = None if self.recorded else self.plan
+            if not plan.num_prunable and last is not None and last.epoch < epoch:
+                warnings.warn(
+                    f"epoch {epoch} leaves out nothing: update() was not called since epoch "
+                    f"{last.epoch} was drawn, and no sample has a score",
+                    stacklevel=2,
+                )
         else:
-            plan, memory = self._draw_all(epoch), self._past.memory
+            view, memory = self._view(epoch, budget), self._past.memory
+            plan = draw_all(view, self._kernels)
             if self._policy.memory:
-                memory = self._choice(self._view(epoch, budget)).memory
+                memory = choice_of(view, self.pruning.policy, self._policy).memory
         saved = self._past.saved + self.num_samples - len(plan)
         self._after = _Past(memory, self._history_with(plan), saved)
         self.plan, self.recorded, self.resume_at = plan, 0, 0
@@ -214,7 +222,7 @@ class InfoBatch:
         return Budget(0.0, to_save(left, self.num_samples, *schedule), self.most_ratio)
 
     def _view(self, epoch: int, budget: Budget) -> View:
-        past, key = self._past, _mix(self.seed, epoch)
+        past, key = self._past, key_of(self.seed, epoch)
         return View(
             self.scores, epoch, self._tail, budget, key, past.history, self._labels, past.memory
         )
@@ -233,111 +241,17 @@ class InfoBatch:
             order, times.index_add(0, order, once), latest.index_fill(0, order, plan.epoch)
         )
 
-    def _draw_all(self, epoch: int) -> Plan:
-        device, key = self.scores.device, _mix(self.seed, epoch)
-        if self._kernels is not None:
-            order = self._kernels.shuffle(self.num_samples, key, device)
-        else:
-            generator = torch.Generator(device).manual_seed(key)
-            order = torch.randperm(self.num_samples, generator=generator, device=device)
-        return Plan(epoch, self.num_samples, 0, order, torch.ones_like(self.scores))
-
     def _draw(
         self, epoch: int, budget: Budget, batch_size: int | None
     ) -> tuple[Plan, Mapping[str, Tensor]]:
-        scores, policy, view = self.scores, self._policy, self._view(epoch, budget)
-        kernels, limit = self._kernels, None
-        if kernels is not None and policy.choose is soft and self._protected is None:
-            # It needs no mask: the kernel compares as it goes.
-            choice, limit = Choice(scores), kernels.threshold(scores)
-        else:
-            choice = self._choice(view)
-        positions = choice.prunable
-        no_number = scores.numel() + 1
-        if choice.priority is not None:
-            kernels = None  # they draw uniformly
-            unknown = (positions & choice.priority.isnan()).any()
-            count = positions.count_nonzero() - no_number * unknown
-        elif kernels is not None:
-            positions, count = kernels.partition(positions, limit)
-        else:
-            count = positions.count_nonzero()
-        if choice.weights is not None:
-            count = count - 2 * no_number * ~choice.weights.isfinite().all()
-        n = int(count)  # the epoch's one host sync: K sizes the plan and the loader
-        if n < 0:
-            rule = "priority {} must not be NaN where prunable, got NaN"
-            if n < -no_number:
-                rule = "weights {} must be finite, got others"
-            raise ValueError(rule.format(f"of policy {self.pruning.policy}"))
-        if n == 0:
-            if self.plan is not None and self.plan.epoch < epoch and not self.recorded:
-                warnings.warn(
-                    f"epoch {epoch} leaves out nothing: update() was not called since epoch "
-                    f"{self.plan.epoch} was drawn, and no sample has a score",
-                    stacklevel=3,
-                )
-            return self._draw_all(epoch), choice.memory
-        k = self._keep(n, budget.kept(n), batch_size)
-        weight = n / k if self.pruning.rescale and policy.unbiased else 1.0
-        if kernels is not None:
-            indices, weights = kernels.choose(positions, n, k, weight, view.key)
-        else:
-            indices, weights = reference.choose(
-                positions, n, k, weight, view.generator, choice.priority
-            )
-        if choice.weights is not None and self.pruning.rescale:
-            weights = choice.weights.index_select(0, indices)
-        ratio = 1 - budget.kept(n) / n
-        return Plan(epoch, self.num_samples, n, indices, weights, ratio), choice.memory
-
-    def _choice(self, view: View) -> Choice:
-        """What the policy gives, which may be the user's own."""
-        name, choice = self.pruning.policy, self._policy.choose(view)
-        if not isinstance(choice, Choice):
-            raise TypeError(f"policy {name} must give a Choice, got {type(choice).__name__}")
-        self._expect(f"prunable of policy {name}", choice.prunable, torch.bool)
-        self._expect(f"priority of policy {name}", choice.priority, torch.float32)
-        self._expect(f"weights of policy {name}", choice.weights, torch.float32)
-        expected, memory = self._policy.memory, choice.memory
-        if sorted(memory) != sorted(expected):
-            declared, got = (", ".join(sorted(names)) or "none" for names in (expected, memory))
-            raise ValueError(
-                f"memory of policy {name} must be as Policy(memory=...) names it, {declared}, "
-                f"got {got}"
-            )
-        for key, value in memory.items():
-            if not isinstance(value, Tensor):
-                kind = type(value).__name__
-                raise TypeError(f"memory {key} of policy {name} must be a tensor, got {kind}")
-        if self._protected is not None:
-            choice = choice._replace(prunable=choice.prunable & ~self._protected)
-        return choice
+        view, kernels = self._view(epoch, budget), self._kernels
+        return draw(view, self.pruning, self._policy, kernels, self._protected, batch_size)
 
     def _of_all(self, name: str, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if given is not None:
             given = torch.as_tensor(given, device=self.scores.device)
-            self._expect(name, given, dtype)
+            expect(name, given, dtype, self.num_samples)
         return given
-
-    def _expect(self, name: str, given: Tensor | None, dtype: torch.dtype) -> None:
-        shape = (self.num_samples,)
-        if given is None:
-            return
-        if not isinstance(given, Tensor) or given.shape != shape or given.dtype != dtype:
-            got = type(given).__name__
-            if isinstance(given, Tensor):
-                got = f"{given.dtype} of shape {tuple(given.shape)}"
-            raise ValueError(f"{name} must be {dtype} of shape {shape}, got {got}")
-
-    def _keep(self, n: int, target: float, batch_size: int | None) -> int:
-        exact = max(1, round(target))
-        if batch_size is None:
-            return exact
-        remainder = (n - self.num_samples) % batch_size  # K % B == 0 iff k % B == remainder
-        below = remainder + (math.floor(target) - remainder) // batch_size * batch_size
-        whole = [k for k in (below, below + batch_size) if 1 <= k <= n]
-        return min(whole, key=lambda k: abs(k - target), default=exact)
 
     def update(
         self,
@@ -596,15 +510,3 @@ def _onto(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     # Towards the host a copy must have landed before it is read: that one waits.
     return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """A 64-bit generator seed that either argument changes wholly (SplitMix64 twice)."""
-    mask = (1 << 64) - 1
-    value = 0
-    for part in (seed, epoch):
-        value = (value ^ (part & mask)) + 0x9E3779B97F4A7C15 & mask
-        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & mask
-        value = (value ^ value >> 27) * 0x94D049BB133111EB & mask
-        value ^= value >> 31
-    return value

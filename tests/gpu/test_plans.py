@@ -7,7 +7,8 @@ import torch
 from steps_made import ON
 
 from infobatch_fast import infobatch as infobatch_module
-from infobatch_fast.infobatch import InfoBatch, _mix
+from infobatch_fast.drawing import key_of
+from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.kernels import reference, twin
 
 
@@ -27,7 +28,7 @@ def test_an_epoch_is_what_torch_draws_on_the_cpu(device: str, samples: int) -> N
     scores[1::17] = torch.nan
     infobatch = InfoBatch(samples, 3, 0.5, 1.0, seed=5, device=device)
     infobatch.scores.copy_(scores)
-    key, limit = _mix(5, 1), reference.threshold(scores)
+    key, limit = key_of(5, 1), reference.threshold(scores)
     positions, count = twin.partition(scores, limit)
     n = int(count)
     if n:
