@@ -85,7 +85,7 @@ def choose(
         if priority is None:
             chosen = _thinned(mask, n, k, generator)
         else:
-            chosen = _highest(mask, n, k, priority.numpy(), generator)
+            chosen = _highest(mask, n, k, priority.detach().numpy(), generator)
         rest = np.flatnonzero(~mask)
         places = torch.randperm(len(rest) + k, **how).numpy()
         indices = np.concatenate([rest, chosen]).take(places)
