@@ -110,6 +110,8 @@ class InfoBatch:
                 self._budget(epoch)  # a schedule that gives no ratio is refused now
         if device is None:
             device = _default_device()
+        if torch.device(device).type == "mps":
+            raise ValueError("device must be cpu beside a network on mps, which has no float64")
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
         self._protected = self._of_all("protect", protect, torch.bool)
         self._labels = self._of_all("labels", labels, torch.int64)

@@ -449,6 +449,7 @@ def test_expected_saving_is_what_is_saved_but_for_rounding() -> None:
         ({"score": "lsos"}, r"score must be one of loss, bls, got lsos \(did you mean loss\?\)"),
         ({"ratio_schedule": 3}, "ratio_schedule must be one of constant, pods, .*, got 3"),
         ({"policy": "sotf"}, r"policy must be one of soft, .* got sotf \(did you mean soft\?\)"),
+        ({"device": "mps"}, "device must be cpu beside a network on mps, which has no float64"),
         ({"policy": "os:nothing"}, "policy os:nothing cannot be imported: .*"),
     ],
 )
