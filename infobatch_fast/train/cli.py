@@ -5,7 +5,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TypeVar
 
@@ -105,9 +105,18 @@ def command(
 
 
 def _say(line: str) -> None:
-    try:
+    with _heard():
         tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Raise Unheard if the output does not take what the block prints."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except OSError as error:
         # Keep Python from failing at it again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -140,11 +149,11 @@ def parse(
         SystemExit: with code 0 after --help and --version.
     """
     if "--version" in arguments:
-        print(f"infobatch_fast {infobatch_fast.__version__}")
+        _say(f"infobatch_fast {infobatch_fast.__version__}")
         raise SystemExit(0)
     message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), _heard():
             return tyro.cli(kind, prog=program, args=list(arguments), default=default)
     except SystemExit as stop:
         if stop.code == 0:

@@ -583,9 +583,10 @@ def test_no_data(tmp_path, capsys, monkeypatch) -> None:
     assert summary_of(tmp_path / "run")["data"] == "synthetic"
 
 
-def test_an_output_that_takes_nothing(tmp_path, capsys) -> None:
+@pytest.mark.parametrize("words", [TINY, ["--help"], ["--version"]])
+def test_an_output_that_takes_nothing(tmp_path, capsys, words) -> None:
     with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
-        message = fails(capsys, *TINY, "--out", tmp_path / "run")
+        message = fails(capsys, *words, "--out", tmp_path / "run")
     assert message == "cannot write the output: No space left on device"
 
 
