@@ -29,6 +29,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from training in a run's folder, until this one ends at the latest."""
     with doing(f"open the run's folder {folder}"):
         number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    ours = [number]
+    # Loaders' processes, which outlive a kill of this one by seconds, do not hold it.
+    os.register_at_fork(after_in_child=lambda: ours and os.close(ours.pop()))
     try:
         with suppress(OSError):  # a file system without locks
             try:
@@ -37,7 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
                 raise UserError(f"another process is training in {folder}") from None
         yield
     finally:
-        os.close(number)
+        os.close(ours.pop())
 
 
 def check_empty(folder: Path) -> None:
