@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 import infobatch_fast
-from infobatch_fast.errors import UserError
+from infobatch_fast.errors import UserError, reason
 
 OptionsT = TypeVar("OptionsT")
 Say = Callable[[str], None]
@@ -96,9 +96,12 @@ def command(
     except PermissionError as error:  # of looking into a folder of another user
         message, code = f"error: cannot look at {error.filename}: {error.strerror}", 2
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if "DataLoader worker" in str(error):  # was killed: memory is short, or /dev/shm
+            message, code = f"error: workers must live as long as the run, got {reason(error)}", 2
+        elif is_out_of_memory(error):
+            message, code = f"error: out of memory: {out_of_memory}", 2
+        else:
             raise
-        message, code = f"error: out of memory: {out_of_memory}", 2
     else:
         return 0
     return complain(message, code) if tells() else code

@@ -595,20 +595,20 @@ def test_an_output_that_takes_nothing(tmp_path, capsys, words) -> None:
     assert message == "cannot write the output: No space left on device"
 
 
-def test_out_of_memory_says_what_to_lower(capsys, monkeypatch) -> None:
-    def greedy(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 100 GiB")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"), "lower --batch-"),
+        (PermissionError(13, "Permission denied", "theirs"), "look at theirs: Permission denied"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "got DataLoader"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch, error, said) -> None:
+    def refused(*args, **kwargs):
+        raise error
 
-    monkeypatch.setattr(command, "run", greedy)
-    assert "lower --batch-size" in fails(capsys)
-
-
-def test_a_folder_of_another_user_is_named(capsys, monkeypatch) -> None:
-    def look(*args, **kwargs):
-        raise PermissionError(13, "Permission denied", "theirs/config.json")
-
-    monkeypatch.setattr(command, "run", look)
-    assert fails(capsys) == "cannot look at theirs/config.json: Permission denied"
+    monkeypatch.setattr(command, "run", refused)
+    assert said in fails(capsys)
 
 
 @pytest.mark.parametrize("kind", ["count", "forbid"])
