@@ -20,14 +20,18 @@ class Pruning:
     """The settings that say which samples the epochs of a run leave out, and with what weights.
 
     Attributes:
-        policy: soft (InfoBatch) or another of `policies.POLICIES`, or `module:function`.
+        policy: soft (InfoBatch), random, hard, orderdp, repb, ucb, seta or none, see
+            docs/policies.md; or `module:function`.
         ratio: r, the share of the prunable samples that an epoch leaves out, in [0, 1).
-        delta: share of the epochs that prune, in [0, 1]; the rest train on all. 0 is full data.
-        rescale: weight the prunable samples that were kept, so that the expected gradient stays.
+        delta: share of the epochs that prune, in [0, 1], counting the first, which is full, as
+            nothing has a score yet; the rest train on all. 0 is full data.
+        rescale: weight the prunable samples that were kept, so that the expected gradient stays
+            the same.
         anneal: train on all data in the last (1 - delta) of the epochs; False prunes to the end.
-        score: loss, the sample's last; or bls, of batches.
-        ratio_schedule: constant; pods, which swings the ratio around its mean; or
-            `module:function`, which gives each epoch's.
+        score: what a sample is judged by: loss, its own last one; or bls, a running mean of the
+            losses of its batches.
+        ratio_schedule: constant; pods, which swings the ratio around its mean; or a function of
+            your own as `module:function`, which gives each epoch's ratio.
         target_saving: share of the samples of all epochs to leave out, in (0, 1); each epoch's
             ratio is then solved from its scores, and `ratio` is not used.
 

@@ -35,77 +35,78 @@ _MODEL = tyro.conf.arg(metavar=f"{{{','.join(MODELS)},timm:NAME,module:function}
 
 @dataclass(frozen=True)
 class Config:
-    """Train a CIFAR ResNet with InfoBatch: lossless speed-up by dynamic data pruning.
+    """Train an image classifier on fewer samples, by InfoBatch (dynamic data pruning).
 
     The default of every flag is its preset's: paper (the reported recipe) where there is a CUDA
     device, quick (minutes on a CPU) where there is none; imagenet is for a folder of photographs.
-    Exit codes: 0 done; 1 diverged;
-    2 a mistake in the input, or no room on disk or GPU; 129, 130 or 143 stopped by a signal.
-    --version prints the version.
+    Exit codes: 0 done; 1 diverged; 2 a mistake in the input, or no room on disk or GPU; 129, 130
+    or 143 stopped by a signal. The flag --version prints the version.
 
     Attributes:
-        preset: any other flag overrides what it sets.
+        preset: the recipe to start from, see above; any other flag overrides what it sets.
         pruning: which samples the epochs leave out, and with what weights.
         model: r18 to r101 are torchvision's ResNets, with a CIFAR stem for images below 64 pixels;
-            small is for CPUs; timm:NAME is timm's; module:function makes a network of one's own
+            small is for CPUs; timm:NAME is timm's; module:function makes a network of your own
             from the number of classes.
         epochs: passes over the (pruned) data.
-        budget: share in (0, 1) of the samples of --epochs full epochs to train on: the epochs, and
-            what they leave out by the recommended policy, follow from it.
-        batch_size: samples a step, of all processes together.
+        budget: share, in (0, 1), of the samples of --epochs full epochs to train on. How many
+            epochs that is, and what each leaves out (by policy hard), follow from it.
+        batch_size: samples per step, of all processes together.
         optimizer: lars and lamb adapt the learning rate of each layer.
         max_lr: peak of the one-cycle learning rate.
         weight_decay: L2 coefficient.
         label_smoothing: in [0, 1).
         mixup: blend images and losses with those of another sample, in shares drawn from
-            Beta(mixup, mixup); 0 does not. A sample's score is the loss of its own label, in an
+            Beta(mixup, mixup); 0: off. A sample's score is the loss of its own label, in an
             image of which it is the larger part.
-        ema: decay of an exponential mean of the weights, which then is what is evaluated and kept
-            in model.pt; 0 has none.
+        ema: decay of an exponential mean of the weights, which is then what is evaluated and kept
+            in model.pt; 0: off.
         amp: autocast; fp16 with loss scaling.
-        whole_batches: in pruned epochs keep the count nearest to the exact one that leaves no
-            partial batch; a GPU tunes and compiles its kernels anew for each size of one. Several
-            processes imply it.
+        whole_batches: in pruned epochs keep the number of samples, nearest to the exact one, that
+            leaves no partial batch: a GPU tunes and compiles its kernels anew for each size of a
+            partial batch. Several processes imply it.
         sync_batch_norm: on GPUs, batch norm over the batches of all processes.
         compile: torch.compile the network; implies --whole-batches. Default of paper on CUDA.
         graph: replay each full step as one CUDA graph; implies --whole-batches. Default of paper on
             CUDA. An optimizer that it cannot hold, sgd or adam, trains without, and says so.
-        dataset: synthetic is made on the device from the seed; folder is --data-dir with a folder
-            of images a class in its train/ and val/; module:function makes data sets of one's own
-            from --data-dir; default cifar10.
+        dataset: synthetic is made on the device from the seed; folder is --data-dir with one
+            folder of images per class in its train/ and val/; module:function makes data sets of
+            your own from --data-dir; default cifar10.
         data_dir: folder of CIFAR (bin, py or .tar.gz); default $INFOBATCH_DATA, else a user cache.
-        train_size: pixels a side of the training images of --dataset folder.
-        test_size: pixels a side of its test images.
-        workers: threads or processes that read and decode images of files; 0: one a core.
-        cache: hold the files' bytes in memory; auto: if they take a quarter of it at most.
-        max_bad_files: files that may be left out as they are no images or cannot be decoded.
+        train_size: side, in pixels, of the training images of --dataset folder.
+        test_size: side, in pixels, of the test images of --dataset folder.
+        workers: threads or processes that read and decode image files; 0: one per core.
+        cache: hold the files' bytes in memory; auto: if they take at most a quarter of it.
+        max_bad_files: how many files may be left out because they are no images or cannot be
+            decoded.
         loader: auto is DALI where it can be imported.
-        data_fraction: share of the training images to take, the same ones for every seed, in
-            (0, 1].
-        validation: training images to hold out, the same ones for every seed, and to evaluate on in
-            the place of the test set, so that nothing is picked on that.
+        data_fraction: share, in (0, 1], of the training images to take, the same ones for every
+            seed.
+        validation: number of training images to hold out, the same ones for every seed, and to
+            evaluate on instead of the test set, so that nothing is picked on the test set.
         label_noise: share of the training labels to make wrong, by the seed, in [0, 1).
         synthetic_samples: training samples of --dataset synthetic; a fifth as many for testing.
         synthetic_classes: classes of --dataset synthetic.
-        seed: of the initialisation, the plans and the augmentation.
+        seed: seed of the initialisation, the plans and the augmentation.
         device: auto is CUDA where there is one.
         eval_every: epochs between evaluations on the test set; the last epoch is always evaluated.
-        telemetry: phases of an epoch, energy and score histograms in the run's records; with
-            --no-telemetry the epochs' seconds alone.
-        host_syncs: count the host syncs of each epoch, or forbid those within it and stop at the
-            first; on a CPU the reads that would be one on a GPU, and slower. Those of start-up,
-            which compiles and tunes, are not counted.
-        log: tensorboard has the epochs' figures in the run's folder, wandb where it is told to.
+        telemetry: record the phases of an epoch, energy and score histograms; without it, only
+            the epochs' seconds.
+        host_syncs: count the host syncs of each epoch (the CPU waits for the GPU), or forbid those
+            within an epoch and stop at the first. On a CPU it takes the reads that would be one on
+            a GPU, and is slower. Those of start-up, which compiles and tunes, are not counted.
+        log: also write the epochs' figures for tensorboard, in the run's folder, or to wandb, as it
+            is set up.
         checkpoint_every: steps between checkpoints; 0: at epoch ends, at most once a minute.
         out: the run's folder, new or empty; default runs/<name>.
-        resume: run folder to continue; only --data-dir, --loader, --workers, --cache,
-            --max-bad-files, --checkpoint-every, --eval-every, --telemetry, --host-syncs and --log
-            may change.
+        resume: run folder to continue; only --data-dir, --loader, --workers, --cache
+            and --max-bad-files, --checkpoint-every, --eval-every, --telemetry, --host-syncs
+            and --log may change.
         evaluate: checkpoint, weights or run folder: print its test accuracy and train nothing.
         compare: train this run, full data, and full data for fewer epochs on as many samples, with
-            several seeds, and tell what pruning was worth; --out is the folder of all, default
-            runs/compare. The same command goes on after a kill, and trains no run twice.
-        seeds: of --compare, counted from --seed.
+            several seeds, and tell what pruning was worth; --out is the folder of all these runs,
+            default runs/compare. After a kill the same command continues, and trains no run twice.
+        seeds: number of seeds of --compare, counted from --seed.
     """
 
     preset: Literal["paper", "quick", "imagenet"] = "paper"
