@@ -37,7 +37,7 @@ class Options:
     Attributes:
         runs: folders of runs, benchmarks' .jsonl files, or folders that hold those.
         out: folder of the report; what is in it stays, but for an older report.
-        brief: print the sentence alone that answers.
+        brief: print the sentence alone that answers, and which settings it leaves out.
     """
 
     runs: Annotated[
@@ -59,7 +59,7 @@ def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
         rest += [Heading("Runs", 2), *run_table(section)]
         rest += [Heading("Plots", 2), *plots(section)]
     if others := [section.title for section in found[1:]]:
-        first.append(Text(f"Further settings, below: {'; '.join(others)}.", "aside"))
+        first.append(Text(f"Further settings, below: {'; '.join(others)}.", "others"))
     if tables := benchmark_tables(inputs.benchmarks):
         (rest if first else first).extend([Heading("Benchmarks", 1), *tables])
     if inputs.bad:
@@ -89,7 +89,8 @@ def run(arguments: Sequence[str], say: Say) -> None:
             raise UserError(f"out must hold no {name} that this command did not write, got {path}")
         write_atomically(path, text.encode(errors="backslashreplace"))
     if options.brief:
-        first = [block for block in first if isinstance(block, Text) and block.role == "answer"]
+        told = ("answer", "others")
+        first = [block for block in first if isinstance(block, Text) and block.role in told]
     for line in terminal(first):
         say(line)
     say(f"report     {options.out}: {' and '.join(NAMES)}")

@@ -27,7 +27,10 @@ class Heading(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A paragraph; the answer is the one that a reader came for, an aside explains a table."""
+    """A paragraph; the answer is the one that a reader came for, an aside explains a table.
+
+    Others are the settings that the answer is not of.
+    """
 
     text: str
     role: str = ""

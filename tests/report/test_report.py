@@ -168,6 +168,16 @@ def test_other_seeds_of_what_is_lacking_are_named_once(tmp_path: Path, capsys) -
 
 
 @pytest.mark.usefixtures("unplotted")
+def test_a_brief_answer_names_the_settings_that_it_leaves_out(tmp_path: Path, capsys) -> None:
+    write_run(tmp_path / "runs" / "a")
+    write_run(tmp_path / "runs" / "b", FULL, source_hash="c3" * 32)  # of a later version
+    assert main([str(tmp_path / "runs"), "--brief", "--out", str(tmp_path / "out")]) == 0
+    answer, others, _ = capsys.readouterr().out.splitlines()
+    assert answer.startswith("InfoBatch r=0.5: 80.00%")
+    assert "source c3c3c3c3" in others
+
+
+@pytest.mark.usefixtures("unplotted")
 def test_lone_full_data_and_an_incomplete_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
