@@ -68,6 +68,12 @@ class PickedDataset(Dataset):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "dataset":
+            super().__setattr__(name, value)
+        else:  # `loader.dataset.transform = ...`, which would be lost on this one
+            setattr(self.dataset, name, value)
+
 
 class Collate:
     """Turns picked samples into `(collate(samples), Batch)`; the batch's tensors are on the CPU."""

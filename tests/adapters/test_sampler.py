@@ -348,6 +348,9 @@ def test_copies_and_pickles_of_the_wrapped_data() -> None:
     for other in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
         assert len(other) == N
         assert other.form == "dict"
+    loader: Any = infobatch.loader(Samples(), B)
+    loader.dataset.form = "tensor"
+    assert isinstance(next(iter(loader))[0], torch.Tensor)
 
 
 def test_check_says_what_is_wrong() -> None:
