@@ -37,7 +37,7 @@ class PickedDataset(Dataset):
     """The outermost data set: takes picks, fetches by their indices, and hands both on.
 
     It is asked for a whole batch at once, and asks the wrapped one so if that can (as Arrow tables
-    do). Everything else is the wrapped data set's own (`dataset.classes`, ...).
+    do). Everything else is the wrapped data set's own (`dataset.classes`, `dataset[0]`, ...).
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -46,8 +46,8 @@ class PickedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, pick: Pick) -> Picked:
-        return self.__getitems__([pick])
+    def __getitem__(self, pick: Any) -> Any:
+        return self.__getitems__([pick]) if isinstance(pick, tuple) else self.dataset[pick]
 
     def __getitems__(self, picks: Sequence[Pick]) -> Picked:
         if not isinstance(picks[0], tuple):

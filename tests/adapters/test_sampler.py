@@ -351,6 +351,7 @@ def test_copies_and_pickles_of_the_wrapped_data() -> None:
     loader: Any = infobatch.loader(Samples(), B)
     loader.dataset.form = "tensor"
     assert isinstance(next(iter(loader))[0], torch.Tensor)
+    assert loader.dataset[3].tolist() == [3, 3]
 
 
 def test_check_says_what_is_wrong() -> None:
