@@ -170,7 +170,7 @@ def record(
         if found_inf is not None and found_inf.numpy().any():
             return
         values = new.numpy()
-        if not values.dot(values) < math.inf:  # seldom, and it may be that it overflowed
+        if not np.isfinite(values).all():  # seldom
             values = new.nan_to_num(torch.nan, torch.nan, torch.nan).numpy()
         scores.numpy()[indices.numpy()] = values
         return

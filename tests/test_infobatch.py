@@ -242,6 +242,12 @@ def test_global_generators_are_left_alone() -> None:
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-6, torch.float64: 1e-12}
 
 
+def test_losses_whose_squares_overflow_are_scores_as_others() -> None:
+    infobatch = make(4)
+    infobatch.update(torch.full((4,), 2e19), infobatch.sample(0).batch(0, 4))
+    assert infobatch.scores.tolist() == [pytest.approx(2e19)] * 4
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_torchs_default_device_is_left_out_of_it(policy: str) -> None:
     infobatch, other = make(100, policy=policy), make(100, policy=policy)
