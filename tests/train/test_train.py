@@ -230,10 +230,17 @@ def test_what_nohup_ignores_is_ignored() -> None:
 def test_two_processes_do_not_train_in_one_folder(finished: Path, tmp_path, capsys) -> None:
     folder = copied(finished, tmp_path / "shared")
     fork = multiprocessing.get_context("fork")
-    child = fork.Process(target=time.sleep, args=(60,), daemon=True)
+    runs = fork.Event()
+
+    def outlive() -> None:
+        runs.set()
+        time.sleep(60)
+
+    child = fork.Process(target=outlive, daemon=True)
     with record.locked(folder):
         assert "another process" in fails(capsys, "--resume", folder)
         child.start()
+        assert runs.wait(30)
     assert resume(folder) == 0  # as where a loader's process outlives a kill
     child.kill()
 
