@@ -115,7 +115,7 @@ class InfoBatch:
         self.scores = torch.full((self.num_samples,), torch.nan, dtype=torch.float32, device=device)
         self._protected = self._of_all("protect", protect, torch.bool)
         self._labels = self._of_all("labels", labels, torch.int64)
-        self._kernels = triton_kernels(self.scores.device)  # proven now, not in the first epoch
+        triton_kernels(self.scores.device)  # proven now, not in the first epoch
         self._epoch: int | None = None  # the last drawn: from `_past`, and `_after` it
         self.asked = 0.0  # samples that a target asked the last epoch drawn to leave out
         self.plan: Plan | None = None  # the last drawn
@@ -175,7 +175,7 @@ class InfoBatch:
                 )
         else:
             view, memory = self._view(epoch, budget), self._past.memory
-            plan = draw_all(view, self._kernels)
+            plan = draw_all(view, triton_kernels(self.scores.device))
             if self._policy.memory:
                 memory = choice_of(view, self.pruning.policy, self._policy).memory
         saved = self._past.saved + self.num_samples - len(plan)
@@ -246,7 +246,7 @@ class InfoBatch:
     def _draw(
         self, epoch: int, budget: Budget, batch_size: int | None
     ) -> tuple[Plan, Mapping[str, Tensor]]:
-        view, kernels = self._view(epoch, budget), self._kernels
+        view, kernels = self._view(epoch, budget), triton_kernels(self.scores.device)
         return draw(view, self.pruning, self._policy, kernels, self._protected, batch_size)
 
     def _of_all(self, name: str, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -302,15 +302,13 @@ class InfoBatch:
         """The half of `update` that writes the scores; where found_inf (1,) is not 0 they stay."""
         if is_dynamo_compiling():
             return _outside(self.record, losses, batch, found_inf)
-        scores, kernels, indices = self.scores, self._kernels, batch.indices
-        device, size = scores.device, indices.numel()
-        losses = per_sample(losses, size)
-        if losses.device != device or indices.device != device:  # seen in a fifth of to()'s time
-            losses, indices = _onto(losses.detach(), device), _onto(indices, device)
+        scores, size = self.scores, batch.indices.numel()
+        device = scores.device
+        losses, indices = _onto(per_sample(losses, size), device), _onto(batch.indices, device)
         if self.pruning.score != "loss":
             before = scores.index_select(0, indices)
             losses = SCORES[self.pruning.score](before, losses.detach())
-        if kernels is None:
+        if (kernels := triton_kernels(device)) is None:
             reference.record(scores, indices, losses, found_inf)
         else:
             kernels.record(scores, indices.contiguous(), losses.contiguous(), found_inf)

@@ -26,8 +26,8 @@ NONE = "–"
 _UNASKED = FREE - {"seed", "preset", "epochs", "device"} | {"synthetic_easy", "synthetic_hard"}
 _HOW = (
     "A difference is in points of the last epoch's accuracy, paired by seed, with its 95% t "
-    "interval: lower or higher where that leaves out 0, equal where it is within "
-    f"±{WIDTH:g} points of it, else undecided, with about how many more seeds would bring it there "
+    "interval: lower or higher where that leaves out 0, equal where it holds 0 and is at most "
+    f"±{WIDTH:g} points, else undecided, with about how many more seeds would bring it there "
     "(+n). Full data is of as many epochs, else of the most that there are. Training shorter is "
     "full data for fewer epochs, on as many samples as whole epochs come near: what pruning has to "
     "beat. Time is of training with its pruning, without start-up and evaluation, the median over "

@@ -95,7 +95,8 @@ def train(
                         new = labels.numel() in lasting and step.is_new(images.shape)
                         with starting(labels.numel()) if new else nullcontext(), phases("step"):
                             if settings.mixup:
-                                step.share.fill_(_mixed(settings, epoch, number))
+                                share = mixup_share(settings.mixup, settings.seed, epoch, number)
+                                step.share.fill_(share)
                             advance(images, labels, batch, *_rate(settings, epoch, number, steps))
                         signal, every = ranks.stopping(interrupts), settings.checkpoint_every
                         if (every and number % every == 0) or signal:
@@ -135,8 +136,9 @@ def train(
                 ledger.stop(signal if epoch + 1 < epochs else 0)
     interrupts.deferred = False
     captured = isinstance(advance, GraphStep) and advance.captured
-    fed = type(loader).__name__
-    return ledger.finish(data, compiled=step.compiled, captured=captured, loader=fed)
+    return ledger.finish(
+        data, compiled=step.compiled, captured=captured, loader=type(loader).__name__
+    )
 
 
 def _made(
@@ -228,11 +230,6 @@ def _rate(settings: Config, epoch: int, number: int, steps: int) -> tuple[float,
     """Learning rate and momentum of step `number` (from 1) of the `steps` of an epoch."""
     done = (epoch + (number - 1) / steps) / settings.epochs
     return one_cycle(done, max_lr=settings.max_lr)
-
-
-def _mixed(settings: Config, epoch: int, number: int) -> float:
-    """A step's share of each image's own."""
-    return mixup_share(settings.mixup, settings.seed, epoch, number)
 
 
 @torch.no_grad()
