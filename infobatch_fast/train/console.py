@@ -103,9 +103,8 @@ def pruning_line(settings: Config) -> str:
     else:
         schedule, first_full = find_schedule(of.ratio_schedule), of.first_full_epoch(epochs)
         ratios = [scheduled_ratio(of.ratio, schedule, e, first_full) for e in range(1, first_full)]
-        line += f"r {of.ratio:g} in {pruning} of {epochs} epochs saves at most "
-        line += f"{sum(ratios) / epochs:.1%} x share of the "
-        line += PRUNABLE.get(of.policy, "samples seen")
+        line += f"r = {of.ratio:g} of the {PRUNABLE.get(of.policy, 'samples seen')} left out in "
+        line += f"{pruning} of {epochs} epochs, at most {sum(ratios) / epochs:.1%} of all samples"
     if full := epochs - of.first_full_epoch(epochs):
         line += f"; the last {f'{full} train' if full > 1 else 'trains'} on all"
     if of.target_saving is None and pruning == 0:
