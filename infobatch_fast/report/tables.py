@@ -20,6 +20,7 @@ from infobatch_fast.report.paired import (
 )
 from infobatch_fast.report.runs import FREE, ONLY_OF, Run, Section
 from infobatch_fast.report.text import figures, mean
+from infobatch_fast.train.records import CHECKPOINT
 
 NONE = "–"
 # Settings that no suggested command repeats; the last two are older records', no flags any more.
@@ -55,10 +56,12 @@ def answer(section: Section) -> list[Block]:
     rows = trainings(section)
     if not rows:
         begun = [f"{run.name}, {run.state}" for run in section.runs]
-        first = section.runs[0]
-        goes_on = _command(first, ["--resume", str(first.folder)])
-        told = Text(f"No run is complete yet: {'; '.join(begun)}.", "answer")
-        return [told, Text("This goes on:"), Code(goes_on)]
+        told: list[Block] = [Text(f"No run is complete yet: {'; '.join(begun)}.", "answer")]
+        for run in section.runs:
+            if (run.folder / CHECKPOINT).exists():
+                goes_on = _command(run, ["--resume", str(run.folder)])
+                return [*told, Text("This goes on:"), Code(goes_on)]
+        return told
     against = [(against_full(row, rows), against_shorter(row, rows)) for row in rows]
     # The first that prunes, of those that are held against anything if there are any.
     lead, pair = min(

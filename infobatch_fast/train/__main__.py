@@ -34,7 +34,7 @@ from infobatch_fast.train.ledger import Diverged
 from infobatch_fast.train.loop import available_cores, evaluate, find_device, train
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.own import own_dataset
-from infobatch_fast.train.queue import Failed
+from infobatch_fast.train.queue import Failed, look
 
 OUT_OF_MEMORY = (
     "lower --batch-size, --synthetic-samples or --synthetic-classes, "
@@ -142,7 +142,7 @@ def _begun(folder: Path, settings: Config) -> bool:
 def resume(
     folder: Path, arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks
 ) -> None:
-    """Continue a run from its checkpoint, or start it over if it has none."""
+    """Continue a run from its checkpoint, or start it over if it has none yet."""
     if ranks.first and not (folder / records.CONFIG).exists():
         raise UserError(f"resume must be a run's folder, with config.json in it, got {folder}")
     recorded = ranks.from_first(lambda: _recorded(folder))
@@ -181,6 +181,10 @@ def _go_on(
 def _saved(folder: Path, say: Say) -> dict[str, Any] | None:
     if (folder / records.CHECKPOINT).exists():
         return record.load(folder / records.CHECKPOINT)
+    _, epochs, _ = look(folder)
+    if epochs > 1:  # the first leaves a checkpoint: it was taken away, and they would be lost
+        rule = f"must be a run with its {records.CHECKPOINT}"
+        raise UserError(f"resume {rule}, got {folder} with {epochs} epochs and none")
     say("resume     from the start, as no checkpoint was written yet")
     records.write_epochs(folder / records.EPOCHS, [])
     return None

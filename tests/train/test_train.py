@@ -646,6 +646,10 @@ def test_resume_before_the_first_checkpoint_starts_over(finished: Path, tmp_path
     folder = tmp_path / "early"
     folder.mkdir()
     shutil.copy(finished / "config.json", folder)
+    shutil.copy(finished / "epochs.jsonl", folder)
+    assert resume(folder) == 2  # their checkpoint is gone: the record stays
+    assert "epochs and none" in capsys.readouterr().err
+    assert lines_of(folder) == lines_of(finished)
     (folder / "epochs.jsonl").write_text("{")
     assert resume(folder) == 0
     assert "from the start, as no checkpoint was written yet" in capsys.readouterr().out
