@@ -164,14 +164,11 @@ class ResidentLoader(Loader):
         if not 0 <= self.pad < side:
             raise ValueError(f"pad must be in [0, {side}), got {self.pad}")
 
-    def _crops(
-        self, plan: EpochPlan[Any], first: int, device: torch.device | str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`augmentation` from position first to K: twenty operations an epoch, not a batch."""
+    def _crops(self, epoch: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`augmentation` at these positions (B,); no crop and no flip where none is wanted."""
         if self.augment:
-            positions = plan.positions(device)[first:]
-            return augmentation(self.seed, plan.epoch, positions, self.pad)
-        zeros = torch.zeros(len(plan) - first, dtype=torch.int64, device=device)
+            return augmentation(self.seed, epoch, positions, self.pad)
+        zeros = torch.zeros_like(positions)
         return zeros, zeros, zeros.bool()
 
 
@@ -197,7 +194,9 @@ class TorchLoader(ResidentLoader):
             (len(self._padded), offsets, offsets, *self._size, CHANNELS),
             (n, line, pixel, line, pixel, channel),
         )
-        offset_y, offset_x, flip = self._crops(plan, first, self._device)
+        # All at once: twenty operations an epoch, not a batch.
+        positions = plan.positions(self._device)[first:]
+        offset_y, offset_x, flip = self._crops(plan.epoch, positions)
         flip = flip.view(-1, 1, 1, 1)
         for start, stop in self._spans(plan, first):
             at = slice(start - first, stop - first)
