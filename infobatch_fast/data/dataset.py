@@ -1,21 +1,16 @@
 """The form in which every data set is handed on, and what those who make one share.
 
-Dimensions: N training samples, M test samples, B batch.
+Dimensions: N training samples, M test samples.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from infobatch_fast.data.loader import make_loader
-
 PIXELS = 3 * 32 * 32  # bytes of an image
-# Fixed: a size that followed free memory would be tuned anew from run to run.
-TEST_BATCH, FILES_BATCH = 1000, 256  # tested at once, of 32 x 32 and of larger ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,38 +96,6 @@ class Dataset:
             return self.images[numbers.to(self.images.device)].cpu()
         return self.images.pictures(numbers)
 
-    def tests(self, kind: str = "auto") -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-        """What gives every test image once, in batches, at each call.
-
-        Images are (B, 3, H, W) float32, channels_last, and labels (B,) int64. What could not be
-        decoded is left out.
-
-        Args:
-            kind: of loader, where the images are in files.
-        """
-        if isinstance(self.test_images, Tensor):
-            return self._resident_tests
-        normal = {"mean": self.mean, "std": self.std, "augment": False}
-        files = self.test_images, self.test_labels
-        loader, _ = make_loader(kind, *files, FILES_BATCH, **normal)
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels, (weights,) in loader.epoch(_All(self.test_labels)):
-                if not (here := weights.bool()).all():
-                    here = here.to(labels.device)
-                    images, labels = images[here], labels[here]
-                yield images, labels
-
-        return batches
-
-    def _resident_tests(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.test_images.device
-        mean = torch.tensor(self.mean, device=device) * 255
-        scale = 1 / (torch.tensor(self.std, device=device) * 255)
-        batches = (each.split(TEST_BATCH) for each in (self.test_images, self.test_labels))
-        for pixels, labels in zip(*batches, strict=True):
-            yield ((pixels - mean) * scale).permute(0, 3, 1, 2), labels  # channels_last as it lies
-
     def fingerprint(self) -> str:
         """A hash of the training images and labels, in their order."""
         digest, images = hashlib.blake2b(digest_size=8), self.images
@@ -146,26 +109,3 @@ class Dataset:
         """The same data with its four tensors on `device`."""
         names = ("images", "labels", "test_images", "test_labels")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
-
-class _Tested(NamedTuple):
-    weights: Tensor  # (B,), on the host: 0 for what could not be decoded
-
-
-class _All:
-    """A loader's plan of every sample once."""
-
-    epoch = 0
-
-    def __init__(self, labels: Tensor) -> None:
-        self.num_samples = len(labels)
-        self.indices = torch.arange(self.num_samples, device=labels.device)
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def positions(self, device: torch.device | str) -> Tensor:
-        return torch.arange(self.num_samples, device=device)
-
-    def batch(self, start: int, stop: int) -> _Tested:
-        return _Tested(torch.ones(stop - start))

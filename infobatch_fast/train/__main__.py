@@ -31,7 +31,7 @@ from infobatch_fast.train.compare import compare
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.ledger import Diverged
-from infobatch_fast.train.loop import available_cores, evaluate, find_device, train
+from infobatch_fast.train.loop import available_cores, evaluate, find_device, for_testing, train
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.own import own_dataset
 from infobatch_fast.train.queue import Failed, look
@@ -225,7 +225,7 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {settings.model}: {reason(error)}") from None
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
-    accuracy = evaluate(model, data.tests(settings.loader)(), settings.amp)
+    accuracy = evaluate(model, for_testing(data, settings.loader, Ranks()), settings.amp)
     kind = console.judges(settings)
     say(
         f"{kind} accuracy {accuracy:.2%}: {path}, {settings.model} on the "

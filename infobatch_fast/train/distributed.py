@@ -4,7 +4,7 @@ Gradients are DDP's, and scores `infobatch_fast.ranks`'s. Here is the rest: each
 epoch, what all decide together, who writes and tells the user, and what happens where one is lost.
 A single process goes the same way and sends nothing.
 
-Dimensions: W ranks, K samples of an epoch, B batch of one rank, M test samples.
+Dimensions: W ranks, K samples of an epoch, B batch of one rank.
 """
 
 import os
@@ -15,7 +15,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
@@ -335,15 +334,6 @@ class Ranks:
         if own := share.own(rest := (len(plan) - start) % (share.world * batch_size)):
             mine.weights[-own:] *= own * share.world / rest
         return Part(**vars(mine), share=share, start=start, stop=len(plan))
-
-    def tests(self, data: Dataset, loader: str) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-        """`Dataset.tests` of every W-th test sample."""
-        if self.world > 1:
-            some = torch.arange(self.rank, data.test_labels.numel(), self.world)
-            some = some.to(data.test_labels.device)
-            images, labels = data.test_images[some], data.test_labels[some]
-            data = replace(data, test_images=images, test_labels=labels)
-        return data.tests(loader)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """What runs the model and averages its gradients over the ranks."""

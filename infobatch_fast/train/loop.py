@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infobatch_fast.data.dataset import Dataset
-from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader, make_loader
+from infobatch_fast.data.loader import Batches, BatchT, Epoch, EpochPlan, Loader, make_loader
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import InfoBatch
-from infobatch_fast.plan import Plan
+from infobatch_fast.plan import Batch, Plan
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import Phases, score_histogram
 from infobatch_fast.train import console
@@ -32,6 +32,9 @@ from infobatch_fast.train.optim import make_optimizer
 from infobatch_fast.train.records import Summary
 from infobatch_fast.train.schedule import mixup_share, one_cycle
 from infobatch_fast.train.step import AUTOCAST, TrainStep
+
+# Fixed: a size that followed free memory would be tuned anew from run to run.
+TEST_BATCH, FILES_BATCH = 1000, 256  # tested at once, of 32 x 32 and of larger ones
 
 
 def train(
@@ -54,7 +57,7 @@ def train(
     infobatch, phases, device = step.infobatch, step.phases, data.images.device
     assert infobatch is not None
     ledger = Ledger(settings, step, folder, Nvml(device, enabled=settings.telemetry))
-    tests = ranks.tests(data, settings.loader)
+    tests = for_testing(data, settings.loader, ranks)
     log = make_log(settings, folder if ranks.first else None)
     samples, epochs, batch_size = data.labels.numel(), settings.epochs, loader.batch_size
     whole = batch_size if settings.whole_batches else None
@@ -114,7 +117,7 @@ def train(
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
                 with ledger.spending("evaluation"), phases("evaluation"):
                     step.spread_buffers()
-                    accuracy = evaluate(step.result, tests(), settings.amp, interrupts, ranks)
+                    accuracy = evaluate(step.result, tests, settings.amp, interrupts, ranks)
             (signal,) = ranks.most(interrupts.received or 0)
             if signal:
                 ledger.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
@@ -232,31 +235,46 @@ def _rate(settings: Config, epoch: int, number: int, steps: int) -> tuple[float,
     return one_cycle(done, max_lr=settings.max_lr)
 
 
+def for_testing(data: Dataset, kind: str, ranks: Ranks) -> Epoch[Batch]:
+    """Each test image once, every W-th of them, with weight 0 for what could not be decoded.
+
+    Args:
+        kind: of loader, where the images are in files.
+    """
+    images, labels = data.test_images, data.test_labels
+    kind, size = ("torch", TEST_BATCH) if isinstance(images, Tensor) else (kind, FILES_BATCH)
+    how = {"mean": data.mean, "std": data.std, "augment": False}
+    loader, _ = make_loader(kind, images, labels, size, **how)
+    mine = torch.arange(ranks.rank, len(labels), ranks.world, device=labels.device)
+    weights = torch.ones(len(mine), device=labels.device)
+    return loader.epoch(Plan(0, len(labels), 0, mine, weights))
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    tests: Iterable[tuple[Tensor, Tensor]],
+    tests: Iterable[tuple[Tensor, Tensor, Batch]],
     amp: str,
     interrupts: Interrupts | None = None,
     ranks: Ranks | None = None,
 ) -> float | None:
-    """The share of all ranks' test images that the model gets right; None if a signal came first.
+    """The share of all ranks' `for_testing` that the model gets right; None if a signal came first.
 
     The model is not compiled: in evaluation mode, in which it is left, it would be compiled once
     more, which takes longer than a training's evaluations gain by it.
     """
-    right, number, stopped = torch.zeros((), dtype=torch.int64), 0, False
+    right, number, stopped = torch.zeros(()), torch.zeros(()), False
     model.eval()
-    for images, labels in tests:
+    for images, labels, (_, weights) in tests:
         with torch.autocast(images.device.type, AUTOCAST.get(amp), enabled=amp != "off"):
-            right = right.to(labels.device) + (model(images).argmax(1) == labels).sum()
-        number += len(labels)
+            hits = model(images).argmax(1) == labels
+        right, number = right + (hits * weights).sum(), number + weights.sum()
         stopped = interrupts is not None and bool(interrupts.received)
         if stopped:
             break
     all_right, all_number, any_stopped = (ranks or Ranks()).total(
         right.item(),  # waits for the evaluation
-        number,
+        number.item(),
         stopped,
     )
     return None if any_stopped else all_right / all_number

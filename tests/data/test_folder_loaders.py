@@ -23,6 +23,8 @@ from infobatch_fast.data.folder import Files, load_folder
 from infobatch_fast.data.loader import Loader, make_loader
 from infobatch_fast.errors import UserError
 from infobatch_fast.plan import Plan
+from infobatch_fast.train.distributed import Ranks
+from infobatch_fast.train.loop import for_testing
 
 needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="DALI is not installed")
 either = pytest.mark.parametrize("kind", ["torch", pytest.param("dali", marks=needs_dali)])
@@ -170,8 +172,8 @@ def test_python_exits_whatever_the_workers_do(tmp_path: Path) -> None:
 @either
 def test_a_test_gives_every_image_once_in_its_middle(kind: str, tmp_path: Path) -> None:
     data = replace(load(make_tree(tmp_path, val=5)), mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    tests = data.tests(kind)
-    (images, labels), (again, _) = [next(iter(tests())) for _ in range(2)]
+    tests = for_testing(data, kind, Ranks())
+    (images, labels, _), (again, *_) = [next(iter(tests)) for _ in range(2)]
     assert torch.equal(images, again)
     assert labels.tolist() == [0] * 5 + [1] * 5
     height, width = 40, 70  # of the first
@@ -257,8 +259,9 @@ def test_too_many_that_fail_end_it(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="max_bad_files must not be passed, got 1 and 2"):
         epoch(loader(kind, data, 20), plan_of(data, 20))
     data = load(tmp_path, max_bad_files=3)
-    ((_, labels),) = data.tests(kind)()
-    assert labels.tolist() == [0, 0, 0, 1, 1]  # without the one that cannot be decoded
+    ((_, labels, batch),) = for_testing(data, kind, Ranks())
+    assert labels[batch.weights > 0].tolist() == [0, 0, 0, 1, 1]
+    assert len(labels) == 6  # with a grey one for what cannot be decoded
 
 
 def test_parts_held_out_images_and_pictures_are_of_their_samples(tmp_path: Path) -> None:

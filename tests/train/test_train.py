@@ -40,6 +40,7 @@ from infobatch_fast.train import __main__ as command
 from infobatch_fast.train import console, loop, main, records
 from infobatch_fast.train import folder as record
 from infobatch_fast.train.cli import Interrupts
+from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.ledger import Ledger
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.records import RunRecord, Summary
@@ -152,7 +153,8 @@ def test_evaluation_is_in_fixed_batches_of_the_plain_network() -> None:
 
     data = make_synthetic(10, 2050, 10)
     share = (data.test_labels == 0).double().mean().item()
-    assert loop.evaluate(Model(), data.tests()(), "off") == pytest.approx(share)
+    tests = loop.for_testing(data, "auto", Ranks())
+    assert loop.evaluate(Model(), tests, "off") == pytest.approx(share)
     assert sizes == [1000, 1000, 50]
 
 
