@@ -19,7 +19,7 @@ from infobatch_fast.drawing import choice_of, draw, draw_all, expect, key_of
 from infobatch_fast.errors import reason
 from infobatch_fast.kernels import reference
 from infobatch_fast.kernels.select import triton_kernels
-from infobatch_fast.plan import Batch, Plan, check_count, per_sample
+from infobatch_fast.plan import Batch, Plan, batch_of, check_count, per_sample
 from infobatch_fast.policies import SCORES, History, View, find, find_schedule
 from infobatch_fast.pruning import Pruning
 from infobatch_fast.ranks import Share, compare, merge, place
@@ -281,18 +281,16 @@ class InfoBatch:
         """
         if is_dynamo_compiling():
             return _outside(self.update, losses, batch, scores, mask)
-        if not isinstance(batch, Batch):
-            kind = type(batch).__name__
-            raise TypeError(f"batch must be the Batch that came with the samples, got {kind}")
+        batch = batch_of(batch)
         size = batch.indices.numel()
         if self.pruning.score != "loss" and isinstance(losses, Tensor) and losses.dim() == 0:
             losses = losses.expand(size)
         losses = per_sample(losses, size, mask)
-        if self.plan is not None and self.recorded >= 2 * len(self.plan) and not self._told:
+        if self.plan is not None and self.recorded >= 1.5 * len(self.plan) and not self._told:
             self._told = True
             warnings.warn(
-                f"losses of two passes came since epoch {self.plan.epoch} was drawn: each epoch "
-                "has a plan of its own, from sample(epoch)",
+                f"losses of two passes came since epoch {self.plan.epoch} was drawn: call update "
+                "once for each batch, and sample(epoch), if you call it, before each epoch",
                 stacklevel=2,
             )
         self.record(losses if scores is None else per_sample(scores, size, name="scores"), batch)

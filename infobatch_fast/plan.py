@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+class _Fields(NamedTuple):
+    indices: Tensor
+    weights: Tensor
+
+
+class Batch(_Fields):
     """What `InfoBatch.update` must know of a batch: it travels with the batch's images.
 
     Attributes:
@@ -19,8 +24,11 @@ class Batch(NamedTuple):
         weights: (B,) float32, the samples' loss weights.
     """
 
-    indices: Tensor
-    weights: Tensor
+    __slots__ = ()
+
+    def __new__(cls, indices: Any, weights: Any = None) -> "Batch":
+        """Of both, or of one pair: fastai and Composer make it anew as they would a list."""
+        return super().__new__(cls, *(indices if weights is None else (indices, weights)))
 
     def __reduce__(self) -> Any:
         if self.indices.is_cuda:
@@ -82,6 +90,21 @@ class Plan:
         check_count("batch_size", batch_size)
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
+
+
+def batch_of(given: Any) -> Batch:
+    """A `Batch`, also one that came back as a plain pair from what moves or splits containers.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(given, Batch):
+        pair = isinstance(given, (tuple, list)) and [getattr(each, "dtype", 0) for each in given]
+        if pair != [torch.int64, torch.float32] or any(each.dim() != 1 for each in given):
+            kind = type(given).__name__
+            raise TypeError(f"batch must be the Batch that came with the samples, got {kind}")
+        given = Batch(*given)
+    return given
 
 
 def per_sample(

@@ -569,9 +569,15 @@ def test_what_is_no_policy_no_choice_and_no_batch_is_told(monkeypatch) -> None:
         infobatch.scores.fill_(1)
         with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
             infobatch.sample(1)
-    for batch in (torch.arange(5), (torch.arange(5), torch.ones(5)), None):
+    pixels, labels = torch.ones(5, 3), torch.arange(5)
+    for batch in (labels, (pixels, labels), (labels, pixels), None):
         with pytest.raises(TypeError, match=r"^batch must be the Batch that came with the samples"):
             make(5).update(torch.ones(5), batch)  # type: ignore[arg-type]
+    batch = make(5).sample(0).batch(0, 5)
+    for rebuilt in (Batch([*batch]), [*batch], tuple(batch)):  # as frameworks hand it back
+        infobatch = make(5)
+        infobatch.update(torch.arange(5.0), rebuilt)  # type: ignore[arg-type]
+        assert infobatch.scores[batch.indices].tolist() == [0, 1, 2, 3, 4]
     assert repr(make(5).sample(0).batch(0, 3)) == "Batch(of 3 samples, on cpu)"
 
 
@@ -654,8 +660,8 @@ def test_what_prunes_nothing_silently_is_told() -> None:
     with pytest.warns(UserWarning, match=r"^epoch 1 leaves out nothing: update\(\) was not"):
         infobatch.sample(1)
     infobatch = make(20)
-    batch = infobatch.sample(0).batch(0, 20)
-    infobatch.update(torch.ones(20), batch)
-    infobatch.update(torch.ones(20), batch)
+    first, second = infobatch.sample(0).batches(10)
+    for batch in (first, first, second):  # each twice, as by SAM's second loss
+        infobatch.update(torch.ones(10), batch)
     with pytest.warns(UserWarning, match="^losses of two passes came since epoch 0 was drawn"):
-        infobatch.update(torch.ones(20), batch)
+        infobatch.update(torch.ones(10), second)

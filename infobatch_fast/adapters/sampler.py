@@ -8,12 +8,19 @@ can mispair a sample and its weight.
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    default_collate,
+)
 
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch, Plan, check_count
@@ -25,12 +32,18 @@ CHUNK = 65_536  # picks brought to the host at once: the whole list of 1e9 would
 Pick = tuple[int, float]
 
 
-class Picked(NamedTuple):
+@dataclass
+class Picked:
     """A batch of the user's samples with the picks that they were fetched by, taken apart."""
 
     samples: Sequence[Any]
     numbers: Sequence[int]
     weights: Sequence[float]
+
+    def __getitem__(self, index: int) -> Any:  # which any other collate function begins with
+        raise TypeError(
+            "collate_fn of the DataLoader must be infobatch.collate(), or .collate(your function)"
+        )
 
 
 class PickedDataset(Dataset):
@@ -192,6 +205,11 @@ class Sampler(DistributedSampler):
         return self._set if self._set is not None and self._set >= least else None
 
     def _draw(self, epoch: int) -> Plan:
+        if epoch == (passes := self.infobatch.num_epochs):
+            raise ValueError(
+                f"num_epochs must be the number of passes over the loader, got {passes} and one "
+                "pass more; what counts an epoch's batches must ask for len(loader) in each"
+            )
         return self._whole(self.infobatch.sample(epoch, self.batch_size))
 
     def _whole(self, plan: Plan) -> Plan:
@@ -265,6 +283,8 @@ class Loader(DataLoader):
     """A DataLoader that tells its `Sampler` when an epoch was given to its end."""
 
     def __iter__(self) -> Any:
+        sampler: Any = self.sampler
+        check_data(sampler.infobatch, self.dataset)  # it may have grown
         return self._until_the_end(super().__iter__())
 
     def _until_the_end(self, batches: Any) -> Iterator[Any]:
@@ -276,14 +296,21 @@ class Loader(DataLoader):
 
 def wrap(infobatch: InfoBatch, dataset: Any) -> PickedDataset:
     """See `InfoBatch.wrap`."""
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise TypeError(f"dataset must have __getitem__ and __len__, got {type(dataset).__name__}")
+    map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not map_style or isinstance(dataset, IterableDataset):
+        kind = type(dataset).__name__
+        raise TypeError(f"dataset must be map-style, with __getitem__ and __len__, got {kind}")
+    check_data(infobatch, dataset)
+    return PickedDataset(dataset)
+
+
+def check_data(infobatch: InfoBatch, dataset: Any) -> None:
+    """Raise ValueError unless the data set has the samples of the InfoBatch."""
     if len(dataset) != infobatch.num_samples:
         raise ValueError(
             f"dataset must have the {infobatch.num_samples} samples of the InfoBatch, "
             f"got {len(dataset)}"
         )
-    return PickedDataset(dataset)
 
 
 def loader(
@@ -324,6 +351,9 @@ def check(infobatch: InfoBatch, loader: Any) -> str:
         raise ValueError(f"sampler of the loader must be infobatch.sampler(), got {got!r}")
     if sampler.infobatch is not infobatch:
         raise ValueError("loader must be of this InfoBatch, got another's")
+    if not isinstance(data := getattr(loader, "dataset", None), PickedDataset):
+        kind = type(data).__name__
+        raise ValueError(f"dataset of the loader must be infobatch.wrap(dataset), got {kind}")
     # The user's default dtype and device may be others.
     weights, count = torch.zeros(infobatch.num_samples, dtype=torch.float32, device="cpu"), 0
     times = torch.zeros_like(weights, dtype=torch.int64)

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from infobatch_fast import Batch, InfoBatch, ProgressLR
 from infobatch_fast.adapters.sampler import Loader
@@ -31,6 +38,14 @@ class Samples(Dataset):
         return {"tensor": x, "tuple": (x, y), "named": Pair(x, y), "dict": {"x": x, "y": y}}[
             self.form
         ]
+
+
+class Stream(IterableDataset):
+    def __len__(self) -> int:
+        return N
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(N))
 
 
 class Table(Samples):
@@ -173,7 +188,7 @@ def test_drop_last_peeks_and_epochs_left_early() -> None:
         assert order[:B] == first.indices.tolist()
         orders.append(order)
     assert [len(order) % B for order in orders] == [0] * EPOCHS
-    with pytest.raises(ValueError, match=r"^epoch must be in \[0, 6\), got 6$"):
+    with pytest.raises(ValueError, match=r"^num_epochs must be the number of .*, got 6 and one"):
         iter(loader.sampler)
 
 
@@ -380,7 +395,7 @@ def test_check_says_what_is_wrong() -> None:
             return data, Batch(batch.indices, batch.weights * 2)
 
     parts = infobatch.wrap(Samples()), B
-    collates: Any = {"^collate_fn must give ": len, "^weights of batch 0 are not": Heavier()}
+    collates: Any = {"^collate_fn must give ": str, "^weights of batch 0 are not": Heavier()}
     for message, collate in collates.items():
         loader = DataLoader(*parts, sampler=infobatch.sampler(B), collate_fn=collate)
         with pytest.raises(ValueError, match=message):
@@ -402,10 +417,24 @@ def test_mistakes_get_one_line() -> None:
     infobatch = make()
     with pytest.raises(ValueError, match=r"^dataset must have the 103 samples .*, got 7$"):
         infobatch.loader(Samples(n=7), B)
-    with pytest.raises(
-        TypeError, match=r"^dataset must have __getitem__ and __len__, got generator"
-    ):
+    with pytest.raises(TypeError, match=r"^dataset must be map-style, with .*, got generator$"):
         infobatch.loader((i for i in range(3)), B)
+    with pytest.raises(TypeError, match=r"^dataset must be map-style, with .*, got Stream$"):
+        infobatch.loader(Stream(), B)
+    growing = list(range(N))
+    loader = infobatch.loader(growing, B)
+    growing.append(N)
+    with pytest.raises(ValueError, match=r"^dataset must have the 103 samples .*, got 104$"):
+        iter(loader)
+    parts: Any = infobatch.sampler(B), infobatch.collate(), infobatch.wrap(Samples())
+    for dataset, collate, message in (
+        (Samples(), parts[1], r"^dataset of the loader must be infobatch.wrap\(dataset\), got S"),
+        (parts[2], None, r"^collate_fn of the DataLoader must be infobatch.collate\(\)"),
+        (parts[2], list, r"^collate_fn of the DataLoader must be infobatch.collate\(\)"),
+    ):
+        loader = DataLoader(dataset, B, sampler=parts[0], collate_fn=collate)
+        with pytest.raises((TypeError, ValueError), match=message):
+            infobatch.check(loader)
     with pytest.raises(ValueError, match=r"^shuffle must be left to the InfoBatch"):
         infobatch.loader(Samples(), B, shuffle=True)
     with pytest.raises(TypeError, match=r"^a pick of infobatch.sampler\(\) must come"):
