@@ -2,7 +2,7 @@
 
 import weakref
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nvidia.dali import fn
@@ -10,7 +10,10 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 from torch import Tensor
 
-from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader, ResidentLoader
+from infobatch_fast.data.loader import Batches, Loader, ResidentLoader
+
+if TYPE_CHECKING:
+    from infobatch_fast.plan import Batch, Plan
 
 PREFETCH = 2  # batches in flight, the one in use included
 THREADS = 2  # on a GPU they hand arguments over and no more
@@ -53,7 +56,7 @@ class Pipelined(Loader):
             **crop,
         )
 
-    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
+    def _batches(self, plan: "Plan", first: int) -> Batches:
         self._serving = mine = object()
         self._drain()
         self._start(plan, first)
@@ -73,15 +76,15 @@ class Pipelined(Loader):
                 raise RuntimeError("this iteration has ended: its loader has begun another one")
         self._drain()
 
-    def _start(self, plan: EpochPlan[Any], first: int) -> None:
+    def _start(self, plan: "Plan", first: int) -> None:
         """Serve the samples from position first on."""
         raise NotImplementedError
 
-    def _output(self, plan: EpochPlan[Any], start: int) -> Any:
+    def _output(self, plan: "Plan", start: int) -> Any:
         """The next batch's, whose first sample is at position start."""
         return self._run()
 
-    def _batch(self, plan: EpochPlan[BatchT], start: int, stop: int) -> BatchT:
+    def _batch(self, plan: "Plan", start: int, stop: int) -> "Batch":
         return plan.batch(start, stop)
 
     def _drain(self) -> None:
@@ -142,7 +145,7 @@ class DaliLoader(Pipelined, ResidentLoader):
             self._pipeline.set_outputs(self._normalised(pixels, flip, **crop))
         self._pipeline.build()
 
-    def _start(self, plan: EpochPlan[Any], first: int) -> None:
+    def _start(self, plan: "Plan", first: int) -> None:
         """Serve the samples from position first on."""
         self._epoch, self._positions = plan.epoch, plan.positions("cpu")[first:]
         self._indices = plan.indices[first:]

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nvidia.dali import fn
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from infobatch_fast.data.dali import PREFETCH, Pipelined
 from infobatch_fast.data.folder import GREY_WINDOW, Files
-from infobatch_fast.data.loader import BatchT, EpochPlan
+
+if TYPE_CHECKING:
+    from infobatch_fast.plan import Batch, Plan
 
 READERS, PART = 16, 16  # threads that wait for the disk, and files that one reads at a time
 
@@ -65,7 +67,7 @@ class DaliFolderLoader(Pipelined):
             return {"device": "mixed", "jpeg_fancy_upsampling": self.smooth}
         return {"device": "cpu"}
 
-    def _start(self, plan: EpochPlan[Any], first: int) -> None:
+    def _start(self, plan: "Plan", first: int) -> None:
         self._indices = plan.indices[first:].cpu()  # the epoch's one host sync
         self._first, self._epoch = first, plan.epoch
         self._positions = plan.positions("cpu")[first:]
@@ -95,11 +97,11 @@ class DaliFolderLoader(Pipelined):
         assert self._indices is not None
         return self._indices[start : start + batches * self.batch_size]
 
-    def _batch(self, plan: EpochPlan[BatchT], start: int, stop: int) -> BatchT:
+    def _batch(self, plan: "Plan", start: int, stop: int) -> "Batch":
         numbers = self._numbers(start - self._first)
         return self._files.weighed(plan.batch(start, stop), numbers)
 
-    def _output(self, plan: EpochPlan[Any], start: int) -> Any:
+    def _output(self, plan: "Plan", start: int) -> Any:
         while True:
             try:
                 return self._run()

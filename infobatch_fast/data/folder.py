@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from infobatch_fast.data.augment import middle_windows, random_windows
 from infobatch_fast.data.dataset import Dataset
-from infobatch_fast.data.loader import BatchT, Loader
+from infobatch_fast.data.loader import Loader
 from infobatch_fast.data.tree import BadFiles, Tree, read_tree, why_of
 from infobatch_fast.data.workers import PICTURE, Source
 from infobatch_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from infobatch_fast.plan import Batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 HELD = 0.25  # of the machine's memory that files may take
@@ -151,15 +154,14 @@ class Files(Source):
             name = self.tree.folder.name
             self.bad.add({f"{name}/{self._name(row)}": each for row, each in why.items()})
 
-    def weighed(self, batch: BatchT, numbers: Tensor) -> BatchT:
+    def weighed(self, batch: "Batch", numbers: Tensor) -> "Batch":
         """With weight 0 for what could not be decoded, and came as a grey image."""
         lost = self._lost(self.rows[numbers])
         if not lost:
             return batch
-        of: Any = batch
-        weights = of.weights.clone()
+        weights = batch.weights.clone()
         weights[torch.tensor(lost, device=weights.device)] = 0.0
-        return of._replace(weights=weights)
+        return batch._replace(weights=weights)
 
     def _lost(self, rows: Tensor) -> list[int]:
         return self.lost[rows.numpy()].nonzero()[0].tolist()

@@ -5,7 +5,7 @@ Dimensions: N samples, K of them in the epoch, B batch, H x W image, C = 3 chann
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,53 +13,30 @@ from torch import Tensor
 from infobatch_fast.data.augment import augmentation, reflect
 from infobatch_fast.errors import UserError, reason, unknown_name
 
+if TYPE_CHECKING:
+    from infobatch_fast.plan import Batch, Plan
+
 KINDS = ("auto", "dali", "torch")
 CHANNELS = 3
 
-BatchT = TypeVar("BatchT")
-BatchT_co = TypeVar("BatchT_co", covariant=True)
-Batches = Iterator[tuple[Tensor, Tensor, BatchT]]
-
-
-class EpochPlan(Protocol[BatchT_co]):
-    """What a loader must know of an epoch of K samples; `infobatch_fast.Plan` is one.
-
-    Its indices are (K,) int64 on the images' device, in order of use.
-    """
-
-    @property
-    def epoch(self) -> int: ...  # noqa: D102
-    @property
-    def num_samples(self) -> int: ...  # noqa: D102
-    @property
-    def indices(self) -> Tensor: ...  # noqa: D102
-
-    def __len__(self) -> int: ...
-
-    def positions(self, device: torch.device | str) -> Tensor:
-        """(K,) int64: the samples' places in the epoch of all ranks, which crops are drawn by."""
-        ...
-
-    def batch(self, start: int, stop: int) -> BatchT_co:
-        """What goes with the samples at positions start to stop; it is handed on as it is."""
-        ...
+Batches = Iterator[tuple[Tensor, Tensor, "Batch"]]
 
 
 @dataclass(frozen=True)
-class Epoch(Generic[BatchT]):
+class Epoch:
     """The batches of one epoch: `len()` of them, from its start at each iteration.
 
     Yields (images, labels, batch): images (B, C, H, W) float32 in channels_last memory, labels (B,)
-    int64, batch what the plan gave for these samples. The last batch may hold fewer than B.
+    int64, batch the plan's of these samples. The last batch may hold fewer than B.
     """
 
     _length: int
-    _iterate: Callable[[], Batches[BatchT]]
+    _iterate: Callable[[], Batches]
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Batches[BatchT]:
+    def __iter__(self) -> Batches:
         return self._iterate()
 
 
@@ -103,7 +80,7 @@ class Loader:
         if min(self.std) == 0:
             raise ValueError(f"std must be above 0, got {self.std}")
 
-    def epoch(self, plan: EpochPlan[BatchT], start_batch: int = 0) -> Epoch[BatchT]:
+    def epoch(self, plan: "Plan", start_batch: int = 0) -> Epoch:
         """The batches of `plan` from number start_batch on, which are the same wherever it starts.
 
         The plan's indices must stay as they are until the last batch is out.
@@ -117,10 +94,10 @@ class Loader:
         batches = -(-len(plan) // self.batch_size) - start_batch
         return Epoch(batches, lambda: self._batches(plan, first))
 
-    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
+    def _batches(self, plan: "Plan", first: int) -> Batches:
         raise NotImplementedError
 
-    def _spans(self, plan: EpochPlan[Any], first: int) -> Iterator[tuple[int, int]]:
+    def _spans(self, plan: "Plan", first: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each batch."""
         for start in range(first, len(plan), self.batch_size):
             yield start, min(start + self.batch_size, len(plan))
@@ -185,7 +162,7 @@ class TorchLoader(ResidentLoader):
         super().__post_init__(images)
         self._normal = self._normalisation()  # here and not in the first epoch
 
-    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
+    def _batches(self, plan: "Plan", first: int) -> Batches:
         mean, scale = self._normal
         # A view of every crop there is: one gather takes sample, row and column at once.
         n, line, pixel, channel = self._padded.stride()

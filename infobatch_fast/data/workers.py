@@ -9,7 +9,7 @@ import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from infobatch_fast.data.augment import augmentation
-from infobatch_fast.data.loader import Batches, BatchT, EpochPlan, Loader
+from infobatch_fast.data.loader import Batches, Loader
 from infobatch_fast.errors import UserError, reason
+
+if TYPE_CHECKING:
+    from infobatch_fast.plan import Batch, Plan
 
 PICTURE = 64  # pixels a side of what a run's record shows
 
@@ -35,7 +38,7 @@ class WorkerLoader(Loader):
         self._images, self._normal = images, self._normalisation()
         self._idle: DataLoader | None = None
 
-    def _batches(self, plan: EpochPlan[BatchT], first: int) -> Batches[BatchT]:
+    def _batches(self, plan: "Plan", first: int) -> Batches:
         source, spans = self._images, list(self._spans(plan, first))
         positions = plan.positions("cpu")
         numbers = plan.indices.cpu()  # the epoch's one host sync: files are read by the host
@@ -159,7 +162,7 @@ class Source:
     def note(self, numbers: Tensor, notes: list[Any]) -> None:
         """Take notice of a batch that came."""
 
-    def weighed(self, batch: BatchT, numbers: Tensor) -> BatchT:
+    def weighed(self, batch: "Batch", numbers: Tensor) -> "Batch":
         """What goes with a batch, with no weight on what could not be fetched."""
         return batch
 

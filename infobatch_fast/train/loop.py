@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from infobatch_fast.data.dataset import Dataset
-from infobatch_fast.data.loader import Batches, BatchT, Epoch, EpochPlan, Loader, make_loader
+from infobatch_fast.data.loader import Batches, Epoch, Loader, make_loader
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch, Plan
@@ -211,11 +211,11 @@ def _draw(infobatch: InfoBatch, epoch: int, batch_size: int | None) -> Plan:
 
 def _batches(
     loader: Loader,
-    part: EpochPlan[BatchT],
+    part: Plan,
     advance: TrainStep | GraphStep,
     phases: Phases,
     starting: Callable[[int], AbstractContextManager[None]],
-) -> Batches[BatchT]:
+) -> Batches:
     """The epoch's batches; the loader begins anew behind the one after which a step is captured."""
     graph, done = advance if isinstance(advance, GraphStep) else None, 0
     while done < len(loader.epoch(part)):
@@ -235,7 +235,7 @@ def _rate(settings: Config, epoch: int, number: int, steps: int) -> tuple[float,
     return one_cycle(done, max_lr=settings.max_lr)
 
 
-def for_testing(data: Dataset, kind: str, ranks: Ranks) -> Epoch[Batch]:
+def for_testing(data: Dataset, kind: str, ranks: Ranks) -> Epoch:
     """Each test image once, every W-th of them, with weight 0 for what could not be decoded.
 
     Args:
