@@ -93,8 +93,8 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
         return
     if settings.out is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError("out must be given where torchrun has --max-restarts, got none")
-    data, device = _prepared(settings, say, ranks, stand_in=True)
-    settings = config.settle(settings, data.name, device.type, ranks.world)
+    data = _prepared(settings, say, ranks)
+    settings = config.settle(settings, data.name, data.images.device.type, ranks.world)
     _check(settings, data, ranks)
     folder = settings.out.expanduser() if settings.out else Path("runs") / _name(settings)
     folder, begun = ranks.from_first(
@@ -109,7 +109,7 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
             record.check_empty(folder)
         try:
             if ranks.first:
-                _begin(settings, data, device, folder, ranks.world)
+                _begin(settings, data, folder, ranks.world)
             summary = train(settings, data, folder, None, interrupts, say, ranks)
         except Exception:
             if ranks.first:
@@ -119,16 +119,14 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
         say(line)
 
 
-def _begin(
-    settings: Config, data: Dataset, device: torch.device, folder: Path, processes: int
-) -> None:
+def _begin(settings: Config, data: Dataset, folder: Path, processes: int) -> None:
     about = records.RunRecord(
         config=settings.recorded(),
         data=data.source,
         data_hash=None if data.source == "synthetic" else data.fingerprint(),
         samples={"train": data.labels.numel(), "test": data.test_labels.numel()},
         classes=None if data.classes is None else list(data.classes),
-        **record.provenance(device, processes),
+        **record.provenance(data.images.device, processes),
     )
     records.write_json(folder / records.CONFIG, about)
 
@@ -167,7 +165,7 @@ def _go_on(
         else:
             saved = ranks.from_first(lambda: _saved(folder, say))
             if data is None:
-                data, _ = _prepared(settings, say, ranks)
+                data = _prepared(settings, say, ranks)
                 _check(settings, data, ranks)
             if ranks.first:
                 known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
@@ -186,19 +184,17 @@ def _saved(folder: Path, say: Say) -> dict[str, Any] | None:
         rule = f"must be a run with its {records.CHECKPOINT}"
         raise UserError(f"resume {rule}, got {folder} with {epochs} epochs and none")
     say("resume     from the start, as no checkpoint was written yet")
-    records.write_epochs(folder / records.EPOCHS, [])
+    records.write_epochs(folder / records.EPOCHS, [], "w")
     return None
 
 
-def _prepared(
-    settings: Config, say: Say, ranks: Ranks, stand_in: bool = False
-) -> tuple[Dataset, torch.device]:
+def _prepared(settings: Config, say: Say, ranks: Ranks) -> Dataset:
     device = ranks.form(find_device(settings.device))
     with ranks.first_here():
-        data = load_data(settings, device, say, stand_in=stand_in, processes=ranks.local_world)
+        data = load_data(settings, device, say, ranks.local_world)
     if ranks.world > 1:
         ranks.agree(data.fingerprint(), "data_dir must hold the same data")
-    return data, device
+    return data
 
 
 def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
@@ -233,21 +229,9 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
     )
 
 
-def load_data(
-    settings: Config,
-    device: torch.device,
-    say: Say,
-    *,
-    stand_in: bool = False,
-    processes: int = 1,
-) -> Dataset:
-    """The data set, on the device.
-
-    Args:
-        stand_in: whether `quick`, if no data set was named, may take a synthetic one, loudly.
-        processes: that share this machine's cores and memory.
-    """
-    data = _found(settings, device, say, stand_in, processes).part(settings.data_fraction)
+def load_data(settings: Config, device: torch.device, say: Say, processes: int = 1) -> Dataset:
+    """The data set, on the device; processes share this machine's cores and memory."""
+    data = _found(settings, device, say, processes).part(settings.data_fraction)
     if settings.validation >= (samples := data.labels.numel()):
         raise UserError(
             f"validation must be below the {samples} training images, got {settings.validation}"
@@ -256,9 +240,7 @@ def load_data(
     return data.with_label_noise(settings.label_noise, settings.seed).to(device)
 
 
-def _found(
-    settings: Config, device: torch.device, say: Say, stand_in: bool, processes: int
-) -> Dataset:
+def _found(settings: Config, device: torch.device, say: Say, processes: int) -> Dataset:
     name = settings.dataset or "cifar10"
     if ":" in name or name == "folder":
         return _of_files(name, settings, say, processes)
@@ -267,7 +249,7 @@ def _found(
             return load_cifar(name, settings.data_dir or default_data_dir())
         except DataMissing as missing:
             named = settings.dataset or settings.data_dir or os.environ.get("INFOBATCH_DATA")
-            if not stand_in or settings.preset != "quick" or named:
+            if settings.evaluate or settings.preset != "quick" or named:
                 raise
             say(f"WARNING: {missing}")
             say("WARNING: taking SYNTHETIC data instead; the accuracy will say nothing of CIFAR-10")

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,15 @@ class Ledger:
 
     @contextmanager
     def spending(self, account: str) -> Iterator[None]:
-        """Count the block as train, startup, evaluation or checkpoint, but for such within it."""
+        """Count the block as train, startup, evaluation or checkpoint, but for such within it.
+
+        The latter three are phases, too; training consists of several.
+        """
         outer = self._account
         self._lap(account)
         try:
-            yield
+            with nullcontext() if account == "train" else self.step.phases(account):
+                yield
         finally:
             self._lap(outer)
 
@@ -148,7 +152,7 @@ class Ledger:
         self._clear()
         self.history.append(line)
         if self.ranks.first:
-            records.append_epoch(self.path / records.EPOCHS, line)
+            records.write_epochs(self.path / records.EPOCHS, [line], "a")
         return line
 
     def check(self, counts: Counts, steps: int | None = None) -> None:
@@ -175,7 +179,7 @@ class Ledger:
 
         It raises Diverged instead of saving a state that goes nowhere. Collective.
         """
-        with self.spending("checkpoint"), self.step.phases("checkpoint"):
+        with self.spending("checkpoint"):
             self.check(self.step.read_counts())
             with self.step.phases("merge"):
                 self.infobatch.merge()
@@ -246,7 +250,7 @@ class Ledger:
                 f"checkpoint {path} does not fit this run: {type(error).__name__}: {reason(error)}"
             ) from None
         if self.ranks.first:  # a kill may have left epochs that the checkpoint does not have
-            records.write_epochs(self.path / records.EPOCHS, self.history)
+            records.write_epochs(self.path / records.EPOCHS, self.history, "w")
         return plan, saved["number"]
 
     def finish(self, data: Dataset, **forms: Any) -> Summary:

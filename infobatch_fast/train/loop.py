@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.data.loader import Batches, Epoch, Loader, make_loader
-from infobatch_fast.errors import UserError, reason
+from infobatch_fast.errors import UserError
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Batch, Plan
 from infobatch_fast.telemetry.nvml import Nvml
@@ -29,6 +29,7 @@ from infobatch_fast.train.ledger import Ledger
 from infobatch_fast.train.logs import make_log
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.optim import make_optimizer
+from infobatch_fast.train.own import failed
 from infobatch_fast.train.records import Summary
 from infobatch_fast.train.schedule import mixup_share, one_cycle
 from infobatch_fast.train.step import AUTOCAST, TrainStep
@@ -115,7 +116,7 @@ def train(
             accuracy = None
             if (epoch + 1) % settings.eval_every == 0 or epoch + 1 == epochs:
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
-                with ledger.spending("evaluation"), phases("evaluation"):
+                with ledger.spending("evaluation"):
                     step.spread_buffers()
                     accuracy = evaluate(step.result, tests, settings.amp, interrupts, ranks)
             (signal,) = ranks.most(interrupts.received or 0)
@@ -202,11 +203,9 @@ def _draw(infobatch: InfoBatch, epoch: int, batch_size: int | None) -> Plan:
     try:
         return infobatch.sample(epoch, batch_size)
     except (Exception, SystemExit) as error:
-        if ":" not in infobatch.pruning.policy:
+        if ":" not in (policy := infobatch.pruning.policy):
             raise
-        # Of the user's own policy, whatever it raises.
-        what = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(f"policy {infobatch.pruning.policy} failed: {what}") from error
+        raise failed("policy", policy, error) from error
 
 
 def _batches(

@@ -22,8 +22,12 @@ def called(argument: str, name: str, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(f"{argument} {name} failed: {what}") from error
+        raise failed(argument, name, error) from error
+
+
+def failed(argument: str, name: str, error: BaseException) -> UserError:
+    """What the user's own code raised, as their mistake."""
+    return UserError(f"{argument} {name} failed: {type(error).__name__}: {reason(error)}")
 
 
 def own_model(name: str, num_classes: int, sides: Collection[tuple[int, int]]) -> nn.Module:

@@ -189,21 +189,12 @@ def write_json(path: Path, record: Any) -> None:
     write_atomically(path, (json.dumps(asdict(record), indent=2) + "\n").encode())
 
 
-def write_epochs(path: Path, history: Iterable[EpochLine]) -> None:
-    """Write the lines of all epochs anew, atomically."""
-    write_atomically(path, b"".join(map(_line, history)))
-
-
-def append_epoch(path: Path, line: EpochLine) -> None:
-    """Add an epoch's line; a kill may tear it, and a resumed run writes the file anew."""
-    with doing(f"write {path}"), open(path, "ab") as file:
-        file.write(_line(line))
+def write_epochs(path: Path, history: Iterable[EpochLine], mode: Literal["w", "a"]) -> None:
+    """Write all epochs' lines anew, or add some; a kill may tear them, and resuming writes anew."""
+    with doing(f"write {path}"), open(path, mode) as file:
+        file.writelines(json.dumps(asdict(line)) + "\n" for line in history)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _line(line: EpochLine) -> bytes:
-    return (json.dumps(asdict(line)) + "\n").encode()
 
 
 def make_folder(folder: Path) -> bool:

@@ -51,7 +51,8 @@ def clock(monkeypatch) -> list[float]:
     """A clock that moves only where we say, and a card that takes power by it.
 
     A step takes 1 s, of it 0.25 s of update twice; choosing 5 s; waiting for a batch 0.125 s;
-    evaluating 100 s; a checkpoint 1000 s, and so the weights; adding an epoch's line 10,000 s.
+    evaluating 100 s, its one batch included; a checkpoint 1000 s, and so the weights; adding an
+    epoch's line 10,000 s, and so writing them anew.
     """
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -70,9 +71,9 @@ def clock(monkeypatch) -> list[float]:
     takes(0.25, InfoBatch, "record")
     takes(5, InfoBatch, "sample")
     takes(0.125, Plan, "batch")
-    takes(100, loop, "evaluate")
+    takes(100 - 0.125, loop, "evaluate")
     takes(1000, record, "save")
-    takes(10_000, ledger.records, "append_epoch")
+    takes(10_000, ledger.records, "write_epochs")
     monkeypatch.setattr(loop, "Nvml", FakeMeter)
     return now
 
@@ -212,8 +213,9 @@ def test_what_was_spent_before_an_interruption_is_not_lost(tmp_path, clock, monk
     clock[0] += 777  # of these the run knows nothing
     assert resume(tmp_path) == 0
     (line,) = lines_of(tmp_path)
-    # All but what came after the line, and the first checkpoint, which does not hold its own time.
-    everything = clock[0] - 777 - 1000 - 10_000 - 2 * 1000
+    # All but the first checkpoint, which does not hold its own time, what was restored, and what
+    # came after the line.
+    everything = clock[0] - 777 - 1000 - 10_000 - 10_000 - 2 * 1000
     assert line["seconds"] == pytest.approx(everything)
     assert line["phases"]["step"] == pytest.approx(6 * 0.5)
     assert line["joules"] == pytest.approx(100 * everything)
