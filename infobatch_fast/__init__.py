@@ -1,4 +1,4 @@
-"""Lossless training speed-up by dynamic data pruning: InfoBatch, resident on the GPU.
+"""Training on fewer samples by dynamic data pruning: InfoBatch, resident on the GPU.
 
 The exports resolve on first use (PEP 562), so that `InfoBatch` needs torch and numpy alone:
 importing it loads neither DALI nor torchvision nor the command line.

@@ -138,7 +138,8 @@ class InfoBatch:
 
         An epoch that is under way, some of its losses being recorded, is not drawn anew.
 
-        Costs one host sync in an epoch that prunes (to learn n, hence K), none in a full one.
+        Costs one host sync in an epoch that may prune (to learn n, hence K), the first included, and
+        none in the full ones at the end.
 
         Args:
             epoch: in [0, num_epochs).
