@@ -138,8 +138,8 @@ class InfoBatch:
 
         An epoch that is under way, some of its losses being recorded, is not drawn anew.
 
-        Costs one host sync in an epoch that may prune (to learn n, hence K), the first included, and
-        none in the full ones at the end.
+        Costs one host sync in an epoch that may prune (to learn n, hence K), the first included,
+        and none in the full ones at the end.
 
         Args:
             epoch: in [0, num_epochs).

@@ -40,7 +40,8 @@ class Config:
     The default of every flag is its preset's: paper (the reported recipe) where there is a CUDA
     device, quick (minutes on a CPU) where there is none; imagenet is for a folder of photographs.
     Exit codes: 0 done; 1 diverged, or a run of --compare failed, or a forbidden host sync; 2 a
-    mistake in the input, or no room on disk or GPU; 129, 130 or 143 stopped by a signal. The flag --version prints the version.
+    mistake in the input, or no room on disk or GPU; 129, 130 or 143 stopped by a signal. The
+    flag --version prints the version.
 
     Attributes:
         preset: the recipe to start from, see above; any other flag overrides what it sets.
