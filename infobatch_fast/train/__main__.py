@@ -26,7 +26,7 @@ from infobatch_fast.errors import UserError, reason
 from infobatch_fast.telemetry.syncs import HostSync
 from infobatch_fast.train import config, console, records
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Interrupts, Say, command, complain
+from infobatch_fast.train.cli import Interrupts, Say, command, complain, say
 from infobatch_fast.train.compare import compare
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
@@ -47,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     ranks, code = Ranks(), 1
 
-    def body(interrupts: Interrupts, say: Say) -> None:
+    def body(interrupts: Interrupts, _: Say) -> None:
+        ranks.interrupts = interrupts
         with ranks:
-            run(words, interrupts, say, ranks)
+            run(words, ranks)
 
     try:
         code = command(body, OUT_OF_MEMORY, ranks.tells)
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ranks.end(code)
 
 
-def run(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks) -> None:
+def run(arguments: Sequence[str], ranks: Ranks) -> None:
     """Train, resume or evaluate, as the command line says."""
     ranks.agree([*arguments], "arguments must be the same")
     evaluated, resumed = config.peek(arguments, "evaluate"), config.peek(arguments, "resume")
@@ -72,14 +73,14 @@ def run(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks
         raise UserError(f"resume and evaluate exclude each other, got {resumed} and {evaluated}")
     if evaluated is not None:
         if ranks.first:
-            evaluate_file(Path(evaluated).expanduser(), arguments, say)
+            evaluate_file(Path(evaluated).expanduser(), arguments)
     elif resumed is not None:
-        resume(Path(resumed).expanduser(), arguments, interrupts, say, ranks)
+        resume(Path(resumed).expanduser(), arguments, ranks)
     else:
-        start(arguments, interrupts, say, ranks)
+        start(arguments, ranks)
 
 
-def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks) -> None:
+def start(arguments: Sequence[str], ranks: Ranks) -> None:
     """Train a run of its own; where torchrun has restarted the processes, go on with it."""
     settings = config.parse(arguments, cuda=torch.cuda.is_available())
     say(console.preset_line(settings, config.peek(arguments, "preset") is not None))
@@ -89,11 +90,11 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
     if settings.compare:
         if ranks.world > 1:
             raise UserError(f"compare must be asked of one process, got {ranks.world}")
-        compare(asked, settings, say)
+        compare(asked, settings)
         return
     if settings.out is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise UserError("out must be given where torchrun has --max-restarts, got none")
-    data = _prepared(settings, say, ranks)
+    data = _prepared(settings, ranks)
     settings = config.settle(settings, data.name, data.images.device.type, ranks.world)
     _check(settings, data, ranks)
     folder = settings.out.expanduser() if settings.out else Path("runs") / _name(settings)
@@ -101,7 +102,7 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
         lambda: (folder, ranks.restarts > 0 and _begun(folder, settings))
     )
     if begun:
-        _go_on(settings, data, folder, interrupts, say, ranks)
+        _go_on(settings, data, folder, ranks)
         return
     made = ranks.first and records.make_folder(folder)
     with record.locked(folder) if ranks.first else nullcontext():
@@ -110,7 +111,7 @@ def start(arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ran
         try:
             if ranks.first:
                 _begin(settings, data, folder, ranks.world)
-            summary = train(settings, data, folder, None, interrupts, say, ranks)
+            summary = train(settings, data, folder, None, ranks)
         except Exception:
             if ranks.first:
                 record.discard(folder, made)  # the mended command may name the same folder
@@ -137,25 +138,16 @@ def _begun(folder: Path, settings: Config) -> bool:
     return path.exists() and records.read(records.RunRecord, path).config == settings.recorded()
 
 
-def resume(
-    folder: Path, arguments: Sequence[str], interrupts: Interrupts, say: Say, ranks: Ranks
-) -> None:
+def resume(folder: Path, arguments: Sequence[str], ranks: Ranks) -> None:
     """Continue a run from its checkpoint, or start it over if it has none yet."""
     if ranks.first and not (folder / records.CONFIG).exists():
         raise UserError(f"resume must be a run's folder, with config.json in it, got {folder}")
     recorded = ranks.from_first(lambda: _recorded(folder))
     settings = config.of_run(arguments, recorded, "resume")
-    _go_on(settings, None, folder, interrupts, say, ranks)
+    _go_on(settings, None, folder, ranks)
 
 
-def _go_on(
-    settings: Config,
-    data: Dataset | None,
-    folder: Path,
-    interrupts: Interrupts,
-    say: Say,
-    ranks: Ranks,
-) -> None:
+def _go_on(settings: Config, data: Dataset | None, folder: Path, ranks: Ranks) -> None:
     with record.locked(folder) if ranks.first else nullcontext():
         if ranks.from_first((folder / records.SUMMARY).exists):
             say(f"resume     nothing to do: {folder} is complete")
@@ -163,20 +155,20 @@ def _go_on(
                 lambda: records.read(records.Summary, folder / records.SUMMARY)
             )
         else:
-            saved = ranks.from_first(lambda: _saved(folder, say))
+            saved = ranks.from_first(lambda: _saved(folder))
             if data is None:
-                data = _prepared(settings, say, ranks)
+                data = _prepared(settings, ranks)
                 _check(settings, data, ranks)
             if ranks.first:
                 known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
                 if known is not None and data.fingerprint() != known:
                     raise UserError(f"data_dir must hold the data of the run {folder}, got others")
-            summary = train(settings, data, folder, saved, interrupts, say, ranks)
+            summary = train(settings, data, folder, saved, ranks)
     for line in console.summary_lines(summary, settings, folder):
         say(line)
 
 
-def _saved(folder: Path, say: Say) -> dict[str, Any] | None:
+def _saved(folder: Path) -> dict[str, Any] | None:
     if (folder / records.CHECKPOINT).exists():
         return record.load(folder / records.CHECKPOINT)
     _, epochs, _ = look(folder)
@@ -188,16 +180,16 @@ def _saved(folder: Path, say: Say) -> dict[str, Any] | None:
     return None
 
 
-def _prepared(settings: Config, say: Say, ranks: Ranks) -> Dataset:
+def _prepared(settings: Config, ranks: Ranks) -> Dataset:
     device = ranks.form(find_device(settings.device))
     with ranks.first_here():
-        data = load_data(settings, device, say, ranks.local_world)
+        data = load_data(settings, device, ranks.local_world)
     if ranks.world > 1:
         ranks.agree(data.fingerprint(), "data_dir must hold the same data")
     return data
 
 
-def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
+def evaluate_file(path: Path, arguments: Sequence[str]) -> None:
     """Print the test accuracy of a checkpoint, a weights file or a run's folder."""
     if path.is_dir():
         path = path / records.CHECKPOINT
@@ -214,14 +206,15 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
     # A run of another machine is evaluated on what this one has; but synthetic data are its own.
     here = config.peek(arguments, "device") or "auto"
     device = find_device(settings.device if settings.dataset == "synthetic" else here)
-    data = load_data(settings, device, say)
+    data = load_data(settings, device)
     model = make_model(settings.model, data.num_classes, data.sides, data.test_sides)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {settings.model}: {reason(error)}") from None
     model = model.to(device=device, memory_format=torch.channels_last)  # pyright: ignore
-    accuracy = evaluate(model, for_testing(data, settings.loader, Ranks()), settings.amp)
+    alone = Ranks()
+    accuracy = evaluate(model, for_testing(data, settings.loader, alone), settings.amp, alone)
     kind = console.judges(settings)
     say(
         f"{kind} accuracy {accuracy:.2%}: {path}, {settings.model} on the "
@@ -229,9 +222,9 @@ def evaluate_file(path: Path, arguments: Sequence[str], say: Say) -> None:
     )
 
 
-def load_data(settings: Config, device: torch.device, say: Say, processes: int = 1) -> Dataset:
+def load_data(settings: Config, device: torch.device, processes: int = 1) -> Dataset:
     """The data set, on the device; processes share this machine's cores and memory."""
-    data = _found(settings, device, say, processes).part(settings.data_fraction)
+    data = _found(settings, device, processes).part(settings.data_fraction)
     if settings.validation >= (samples := data.labels.numel()):
         raise UserError(
             f"validation must be below the {samples} training images, got {settings.validation}"
@@ -240,10 +233,10 @@ def load_data(settings: Config, device: torch.device, say: Say, processes: int =
     return data.with_label_noise(settings.label_noise, settings.seed).to(device)
 
 
-def _found(settings: Config, device: torch.device, say: Say, processes: int) -> Dataset:
+def _found(settings: Config, device: torch.device, processes: int) -> Dataset:
     name = settings.dataset or "cifar10"
     if ":" in name or name == "folder":
-        return _of_files(name, settings, say, processes)
+        return _of_files(name, settings, processes)
     if name != "synthetic":
         try:
             return load_cifar(name, settings.data_dir or default_data_dir())
@@ -258,7 +251,7 @@ def _found(settings: Config, device: torch.device, say: Say, processes: int) -> 
     return make_synthetic(samples, tests, classes, seed=settings.seed, device=device)
 
 
-def _of_files(name: str, settings: Config, say: Say, processes: int) -> Dataset:
+def _of_files(name: str, settings: Config, processes: int) -> Dataset:
     if settings.data_dir is None:
         raise UserError(f"data_dir must be given with --dataset {name}, got none")
     folder, workers = settings.data_dir.expanduser(), settings.workers

@@ -39,12 +39,12 @@ class Interrupts:
 
     Attributes:
         deferred: whether the first is kept, for a training step to end before it.
-        received: its number.
+        received: its number, or 0.
     """
 
     def __init__(self) -> None:
         self.deferred = False
-        self.received: int | None = None
+        self.received = 0
 
     def __enter__(self) -> "Interrupts":
         signals = [signal.SIGINT, signal.SIGTERM]
@@ -58,7 +58,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.deferred and self.received is None:
+        if self.deferred and not self.received:
             self.received = number
         else:
             raise Interrupted(number, "stopped at once; nothing more was written")
@@ -84,7 +84,7 @@ def command(
             stream.reconfigure(errors="backslashreplace")  # a folder's name in a terminal's ASCII
     try:
         with Interrupts() as interrupts:
-            body(interrupts, _say)
+            body(interrupts, say)
     except UserError as error:
         message, code = f"error: {error}", 2
     except Interrupted as stop:
@@ -107,7 +107,8 @@ def command(
     return complain(message, code) if tells() else code
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print a line for the user, above a progress bar if there is one."""
     with _heard():
         tqdm.write(line, file=sys.stdout)
 
@@ -152,7 +153,7 @@ def parse(
         SystemExit: with code 0 after --help and --version.
     """
     if "--version" in arguments:
-        _say(f"infobatch_fast {infobatch_fast.__version__}")
+        say(f"infobatch_fast {infobatch_fast.__version__}")
         raise SystemExit(0)
     message = io.StringIO()
     try:

@@ -12,14 +12,14 @@ import torch
 from infobatch_fast.errors import UserError, reason
 from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.train import config
-from infobatch_fast.train.cli import Say
+from infobatch_fast.train.cli import say
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.queue import Plan, Planned, estimate, report, train
 
 OUT = Path("runs/compare")
 
 
-def compare(asked: Config, settings: Config, say: Say) -> None:
+def compare(asked: Config, settings: Config) -> None:
     """Train what is left of the runs, and report; the same call goes on.
 
     Args:

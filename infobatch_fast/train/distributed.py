@@ -65,11 +65,13 @@ class Ranks:
         rank: of W = `world`, those of this machine counted apart as local.
         group: of gradients and scores; None is torch's default, which all else goes through.
         restarts: of these processes by torchrun, so far.
+        interrupts: the signals that this one has received.
     """
 
     def __init__(self) -> None:
         self.rank, self.world, self.local_rank, self.local_world = 0, 1, 0, 1
         self.group: Any = None
+        self.interrupts = Interrupts()
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._store: Any = None
         self._thread: threading.Thread | None = None
@@ -275,13 +277,13 @@ class Ranks:
         """The largest over all ranks of each."""
         return [max(each) for each in zip(*self.of_all(values), strict=True)]
 
-    def stopping(self, interrupts: Interrupts) -> int:
+    def stopping(self) -> int:
         """A signal that a rank has received some steps ago, or 0; called in each step.
 
         Nobody waits for it: what is asked for in one step is looked at `LOOK` steps later.
         """
         if self.world == 1:
-            return interrupts.received or 0
+            return self.interrupts.received
         self._steps += 1
         if self._steps % LOOK:
             return 0
@@ -290,7 +292,7 @@ class Ranks:
             work, value = self._asked
             work.wait()
             (seen,) = value.tolist()
-        value = torch.tensor([interrupts.received or 0])
+        value = torch.tensor([self.interrupts.received])
         self._asked = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True), value
         return seen
 

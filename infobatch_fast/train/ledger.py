@@ -24,7 +24,7 @@ from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import PHASES, PRUNING, peak_memory
 from infobatch_fast.telemetry.syncs import HostSyncs, host_syncs
 from infobatch_fast.train import folder, records
-from infobatch_fast.train.cli import Interrupted, Say
+from infobatch_fast.train.cli import Interrupted, say
 from infobatch_fast.train.config import RESUMABLE, Config
 from infobatch_fast.train.records import EpochLine, Summary
 from infobatch_fast.train.step import Counts, TrainStep
@@ -209,7 +209,7 @@ class Ledger:
             data_dir = f" --data-dir {place}" if place else ""
             raise Interrupted(signal, f"stopped; continue with --resume {self.path}{data_dir}")
 
-    def tell_bad(self, bad: BadFiles | None, say: Say) -> None:
+    def tell_bad(self, bad: BadFiles | None) -> None:
         """Write down what files any rank has left out, and tell the user where there are more."""
         if bad is None:
             return

@@ -21,7 +21,7 @@ from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import Phases, score_histogram
 from infobatch_fast.train import console
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Interrupts, Say
+from infobatch_fast.train.cli import say
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
 from infobatch_fast.train.graph import GraphStep, obstacle
@@ -43,8 +43,6 @@ def train(
     data: Dataset,
     folder: Path,
     saved: dict[str, Any] | None,
-    interrupts: Interrupts,
-    say: Say,
     ranks: Ranks,
 ) -> Summary:
     """Train from `saved` on, keeping the run's folder up to date, and return the summary.
@@ -54,7 +52,7 @@ def train(
         Interrupted: by a signal, with a checkpoint written.
         UserError: the checkpoint does not fit, or the disk is full.
     """
-    step, advance, loader = _made(settings, data, say, ranks)
+    step, advance, loader = _made(settings, data, ranks)
     infobatch, phases, device = step.infobatch, step.phases, data.images.device
     assert infobatch is not None
     ledger = Ledger(settings, step, folder, Nvml(device, enabled=settings.telemetry))
@@ -70,8 +68,8 @@ def train(
         say(f"resume     from step {start} of epoch {ledger.epoch + 1}")
     # Batch sizes that come again and again. The first steps of each, and captures, are start-up.
     lasting = batch_size, infobatch.share(batch_size).own(samples) % batch_size
-    ledger.tell_bad(data.bad, say)
-    interrupts.deferred = True
+    ledger.tell_bad(data.bad)
+    ranks.interrupts.deferred = True
     plain = not sys.stdout.isatty()
     with ledger.meter, tqdm(disable=plain, file=sys.stdout, leave=False, unit="step") as bar:
         ledger.begin()
@@ -102,7 +100,7 @@ def train(
                                 share = mixup_share(settings.mixup, settings.seed, epoch, number)
                                 step.share.fill_(share)
                             advance(images, labels, batch, *_rate(settings, epoch, number, steps))
-                        signal, every = ranks.stopping(interrupts), settings.checkpoint_every
+                        signal, every = ranks.stopping(), settings.checkpoint_every
                         if (every and number % every == 0) or signal:
                             with watch.allowed():
                                 ledger.save(plan, number)
@@ -118,8 +116,8 @@ def train(
                 bar.set_description(f"epoch {epoch + 1}/{epochs} evaluating")
                 with ledger.spending("evaluation"):
                     step.spread_buffers()
-                    accuracy = evaluate(step.result, tests, settings.amp, interrupts, ranks)
-            (signal,) = ranks.most(interrupts.received or 0)
+                    accuracy = evaluate(step.result, tests, settings.amp, ranks)
+            (signal,) = ranks.most(ranks.interrupts.received)
             if signal:
                 ledger.save(plan, steps)  # trained, and perhaps not evaluated: that is left to do
                 ledger.stop(signal)
@@ -132,13 +130,13 @@ def train(
             )
             say(console.epoch_line(line, settings, samples))
             log(line)
-            ledger.tell_bad(data.bad, say)
+            ledger.tell_bad(data.bad)
             plan, start = None, 0
-            signal, due = ranks.most(interrupts.received or 0, ledger.due())
+            signal, due = ranks.most(ranks.interrupts.received, ledger.due())
             if due or epoch + 1 == epochs or signal:
                 ledger.save()
                 ledger.stop(signal if epoch + 1 < epochs else 0)
-    interrupts.deferred = False
+    ranks.interrupts.deferred = False
     captured = isinstance(advance, GraphStep) and advance.captured
     return ledger.finish(
         data, compiled=step.compiled, captured=captured, loader=type(loader).__name__
@@ -146,7 +144,7 @@ def train(
 
 
 def _made(
-    settings: Config, data: Dataset, say: Say, ranks: Ranks
+    settings: Config, data: Dataset, ranks: Ranks
 ) -> tuple[TrainStep, TrainStep | GraphStep, Loader]:
     """The training step, what runs it, by graphs or not, and the loader; the user is told."""
     device, labels = data.images.device, data.labels
@@ -254,8 +252,7 @@ def evaluate(
     model: nn.Module,
     tests: Iterable[tuple[Tensor, Tensor, Batch]],
     amp: str,
-    interrupts: Interrupts | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks,
 ) -> float | None:
     """The share of all ranks' `for_testing` that the model gets right; None if a signal came first.
 
@@ -268,14 +265,10 @@ def evaluate(
         with torch.autocast(images.device.type, AUTOCAST.get(amp), enabled=amp != "off"):
             hits = model(images).argmax(1) == labels
         right, number = right + (hits * weights).sum(), number + weights.sum()
-        stopped = interrupts is not None and bool(interrupts.received)
-        if stopped:
+        if stopped := bool(ranks.interrupts.received):
             break
-    all_right, all_number, any_stopped = (ranks or Ranks()).total(
-        right.item(),  # waits for the evaluation
-        number.item(),
-        stopped,
-    )
+    counts = right.item(), number.item(), stopped  # the host waits for the evaluation
+    all_right, all_number, any_stopped = ranks.total(*counts)
     return None if any_stopped else all_right / all_number
 
 

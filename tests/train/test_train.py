@@ -154,7 +154,7 @@ def test_evaluation_is_in_fixed_batches_of_the_plain_network() -> None:
     data = make_synthetic(10, 2050, 10)
     share = (data.test_labels == 0).double().mean().item()
     tests = loop.for_testing(data, "auto", Ranks())
-    assert loop.evaluate(Model(), tests, "off") == pytest.approx(share)
+    assert loop.evaluate(Model(), tests, "off", Ranks()) == pytest.approx(share)
     assert sizes == [1000, 1000, 50]
 
 
