@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from infobatch_fast.data.dataset import PIXELS, Dataset
-from infobatch_fast.errors import UserError, reason
+from infobatch_fast.errors import UserError, reason, unknown_name
 
 TIMEOUT = 15.0  # s without a byte after which a download is given up
 
@@ -93,9 +93,11 @@ def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dat
     `download` fetches the Python form into `data_dir` where none is there.
 
     Raises:
-        UserError: a file that is missing, unreadable or not as published.
+        UserError: an unknown name, or a file that is missing, unreadable or not as published.
         DataMissing: no form is there and it was not, or could not be, downloaded.
     """
+    if name not in KINDS:
+        raise UserError(unknown_name("dataset", name, KINDS))
     kind, folder = KINDS[name], Path(data_dir).expanduser().absolute()
     failure = "downloading is off"
     found = _find(kind, folder)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from infobatch_fast.data.augment import augmentation, reflect
-from infobatch_fast.errors import UserError, reason
+from infobatch_fast.errors import UserError, reason, unknown_name
 
 if TYPE_CHECKING:
     from infobatch_fast.plan import Batch, Plan
 
+KINDS = ("auto", "dali", "torch")
 CHANNELS = 3
 
 Batches = Iterator[tuple[Tensor, Tensor, "Batch"]]
@@ -187,7 +188,7 @@ class TorchLoader(ResidentLoader):
 def make_loader(
     kind: str, images: Any, labels: Tensor, batch_size: int, **options: Any
 ) -> tuple[Loader, str | None]:
-    """dali, torch or auto, with the arguments of `Loader`: auto is DALI where it works, else torch.
+    """A loader by name, with the arguments of `Loader`: auto is DALI where it works, else torch.
 
     Args:
         images: (N, H, W, 3) uint8, or a `Source`.
@@ -196,9 +197,11 @@ def make_loader(
         The loader; and where auto is torch, one line that says why, else None.
 
     Raises:
-        UserError: dali was asked for and does not work.
+        UserError: there is no such kind, or dali was asked for and does not work.
         ValueError: an argument is out of range; the message names it.
     """
+    if kind not in KINDS:
+        raise UserError(unknown_name("loader", kind, KINDS))
     note, make = None, TorchLoader if isinstance(images, Tensor) else images.loader
     if kind != "torch":
         try:

@@ -190,9 +190,15 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def write_epochs(path: Path, history: Iterable[EpochLine], mode: Literal["w", "a"]) -> None:
-    """Write all epochs' lines anew, or add some; a kill may tear them, and resuming writes anew."""
-    with doing(f"write {path}"), open(path, mode) as file:
-        file.writelines(json.dumps(asdict(line)) + "\n" for line in history)
+    """Write all epochs' lines anew, atomically, or add some.
+
+    A kill may tear a line that is added; a resumed run writes all anew.
+    """
+    content = "".join(json.dumps(asdict(line)) + "\n" for line in history).encode()
+    if mode == "w":
+        return write_atomically(path, content)
+    with doing(f"write {path}"), open(path, "ab") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

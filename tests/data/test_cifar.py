@@ -203,9 +203,11 @@ def test_damaged_files(tmp_path: Path, name: str, form: str, damage, rule: str) 
     assert "\n" not in str(caught.value)
 
 
-def test_no_data(tmp_path: Path) -> None:
+def test_no_data_and_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(DataMissing, match=rf"^data_dir {tmp_path}/x .* downloading is off"):
         load_cifar("cifar100", tmp_path / "x", download=False)
+    with pytest.raises(UserError, match=r"^dataset must .*, got cifar11 "):
+        load_cifar("cifar11", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -365,6 +365,8 @@ def test_make_loader_where_dali_does_not_work(broken, reason, monkeypatch):
 
 
 def test_make_loader_hides_no_wrong_argument():
+    with pytest.raises(UserError, match=r"^loader must .*, got dail "):
+        make_loader("dail", *numbered_images(4), 2, **CIFAR)
     with pytest.raises(ValueError, match=r"^batch_size must"):
         make_loader("auto", *numbered_images(4), 0, **CIFAR)
 
