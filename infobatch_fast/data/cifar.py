@@ -136,11 +136,11 @@ def load_cifar(name: str, data_dir: Path | str, *, download: bool = True) -> Dat
 def _find(kind: Kind, folder: Path) -> tuple[Form, Path] | None:
     """The form to read, and its folder or archive."""
     forms = kind.binary, kind.pickled
-    places = [(form, folder / form.folder) for form in forms]
-    places += [(form, folder / form.archive) for form in forms]
-    for form, path in places:
-        if os.path.lexists(path):  # a dangling link is broken data, not missing data
-            return form, path
+    for holder in ("folder", "archive"):
+        for form in forms:
+            path = folder / getattr(form, holder)
+            if os.path.lexists(path):  # a dangling link is broken data, not missing data
+                return form, path
     for form in forms:
         if folder.name == form.folder or all((folder / name).is_file() for name in form.files):
             return (form, folder) if folder.exists() else None

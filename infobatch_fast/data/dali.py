@@ -33,7 +33,7 @@ class Pipelined(Loader):
     _pipeline: Pipeline
     _stream: Any = None  # of what is gathered for DALI
     _held: Tensor | None = None  # see _batches
-    _indices: Tensor | None = None  # (K - first,): of the iteration served
+    _indices: Tensor  # (K - first,): of the iteration served; none between two
     _serving: object = None  # that iteration
 
     def _new_pipeline(self, batch_size: int, threads: int, prefetch: int = PREFETCH) -> Pipeline:
@@ -89,7 +89,7 @@ class Pipelined(Loader):
 
     def _drain(self) -> None:
         """Let the plan go, and drop what was made ahead, so that the next epoch starts clean."""
-        self._indices = None
+        self._indices = self.labels[:0]
         with suppress(StopIteration):
             while True:
                 self._run()
@@ -107,7 +107,7 @@ class Pipelined(Loader):
     def _span(self, number: int) -> slice:
         """Of batch `number` among the samples served; DALI asks `PREFETCH` batches ahead."""
         start = number * self.batch_size
-        if self._indices is None or start >= len(self._indices):
+        if start >= len(self._indices):
             raise StopIteration
         return slice(start, start + self.batch_size)
 
@@ -169,12 +169,11 @@ class DaliLoader(Pipelined, ResidentLoader):
 
     def _pixels(self, number: int) -> Any:
         """(B, H + 2 pad, W + 2 pad, C) uint8."""
-        span = self._span(number)
-        assert self._indices is not None
+        indices = self._indices[self._span(number)]
         if self._stream is None:
             # As numpy: of a torch tensor DALI wants to know the CUDA stream, and there is none.
-            return self._padded.index_select(0, self._indices[span]).numpy()
+            return self._padded.index_select(0, indices).numpy()
         with torch.cuda.stream(self._stream):
             # DALI copies it in this stream, which its memory belongs to: dropped right after, it
             # can only go to a later gather in this stream, which runs behind the copy.
-            return self._padded.index_select(0, self._indices[span])
+            return self._padded.index_select(0, indices)

@@ -94,7 +94,6 @@ class DaliFolderLoader(Pipelined):
 
     def _numbers(self, start: int, batches: int = 1) -> Tensor:
         """Of the samples from `start` on among those served."""
-        assert self._indices is not None
         return self._indices[start : start + batches * self.batch_size]
 
     def _batch(self, plan: "Plan", start: int, stop: int) -> "Batch":

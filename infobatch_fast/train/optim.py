@@ -44,13 +44,10 @@ class _Layerwise(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads into the tensors that are there."""
-        state = self.state
-        super().load_state_dict(state_dict)
-        loaded, (group,) = self.state, self.param_groups
-        self.state, self.param_groups = state, [self._group]
-        for p, slots in state.items():
+        (group,) = state_dict["param_groups"]
+        for number, slots in state_dict["state"].items():
             for slot, value in slots.items():
-                value.copy_(loaded[p][slot])
+                self.state[self._group["params"][number]][slot].copy_(value)
         for name in self._group.keys() - {"params"}:
             mine, value = self._group[name], group[name]
             self._group[name] = mine.copy_(value) if isinstance(mine, Tensor) else value
