@@ -7,7 +7,7 @@ import atexit
 import random
 import signal
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class WorkerLoader(Loader):
         positions = plan.positions("cpu")
         numbers = plan.indices.cpu()  # the epoch's one host sync: files are read by the host
         fetched, self._idle = self._new() if self._idle is None else self._idle, None
-        asked: Any = fetched.batch_sampler
+        asked: Any = fetched.sampler
         asked.batches = (
             source.picks(numbers[a:b], self.seed, plan.epoch, positions[a:b], self.augment)
             for a, b in spans
@@ -68,10 +68,10 @@ class WorkerLoader(Loader):
         workers = self._images.workers
         made = DataLoader(
             _Fetched(self._images),
-            batch_sampler=_Asked(),  # pyright: ignore
+            batch_size=None,  # what is asked for at once is a batch
+            sampler=_Asked(),
             num_workers=workers,
             persistent_workers=workers > 0,
-            collate_fn=_collate,
             worker_init_fn=_outlive,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # which torch seeds workers from, in place of the user's
@@ -99,12 +99,9 @@ class _Fetched(Dataset):
     def __init__(self, source: "Source") -> None:
         self.source = source
 
-    def __getitem__(self, pick: Any) -> tuple[Any, Any]:
-        return self.source.fetch(pick)
-
-
-def _collate(items: Sequence[tuple[Any, Any]]) -> tuple[Tensor, list[Any]]:
-    return torch.stack([torch.as_tensor(pixels) for pixels, _ in items]), [n for _, n in items]
+    def __getitem__(self, picks: Any) -> tuple[Tensor, Any]:
+        pixels, notes = zip(*map(self.source.fetch, picks), strict=True)
+        return torch.stack([*map(torch.as_tensor, pixels)]), notes
 
 
 def _outlive(worker: int) -> None:
