@@ -104,23 +104,13 @@ def start(arguments: Sequence[str], ranks: Ranks) -> None:
     if begun:
         _go_on(settings, data, folder, ranks)
         return
-    made = ranks.first and records.make_folder(folder)
-    with record.locked(folder) if ranks.first else nullcontext():
+    with record.begun(folder) if ranks.first else nullcontext():
         if ranks.first:
-            record.check_empty(folder)
-        try:
-            if ranks.first:
-                _begin(settings, data, folder, ranks.world)
-            summary = train(settings, data, folder, None, ranks)
-        except Exception:
-            if ranks.first:
-                record.discard(folder, made)  # the mended command may name the same folder
-            raise
-    for line in console.summary_lines(summary, settings, folder):
-        say(line)
+            _record(settings, data, folder, ranks.world)
+        train(settings, data, folder, None, ranks)
 
 
-def _begin(settings: Config, data: Dataset, folder: Path, processes: int) -> None:
+def _record(settings: Config, data: Dataset, folder: Path, processes: int) -> None:
     about = records.RunRecord(
         config=settings.recorded(),
         data=data.source,
@@ -151,21 +141,19 @@ def _go_on(settings: Config, data: Dataset | None, folder: Path, ranks: Ranks) -
     with record.locked(folder) if ranks.first else nullcontext():
         if ranks.from_first((folder / records.SUMMARY).exists):
             say(f"resume     nothing to do: {folder} is complete")
-            summary = ranks.from_first(
-                lambda: records.read(records.Summary, folder / records.SUMMARY)
-            )
-        else:
-            saved = ranks.from_first(lambda: _saved(folder))
-            if data is None:
-                data = _prepared(settings, ranks)
-                _check(settings, data, ranks)
             if ranks.first:
-                known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
-                if known is not None and data.fingerprint() != known:
-                    raise UserError(f"data_dir must hold the data of the run {folder}, got others")
-            summary = train(settings, data, folder, saved, ranks)
-    for line in console.summary_lines(summary, settings, folder):
-        say(line)
+                summary = records.read(records.Summary, folder / records.SUMMARY)
+                console.tell(summary, settings, folder)
+            return
+        saved = ranks.from_first(lambda: _saved(folder))
+        if data is None:
+            data = _prepared(settings, ranks)
+            _check(settings, data, ranks)
+        if ranks.first:
+            known = records.read(records.RunRecord, folder / records.CONFIG).data_hash
+            if known is not None and data.fingerprint() != known:
+                raise UserError(f"data_dir must hold the data of the run {folder}, got others")
+        train(settings, data, folder, saved, ranks)
 
 
 def _saved(folder: Path) -> dict[str, Any] | None:

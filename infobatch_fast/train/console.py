@@ -8,6 +8,7 @@ from infobatch_fast.data.dataset import Dataset
 from infobatch_fast.infobatch import InfoBatch
 from infobatch_fast.plan import Plan
 from infobatch_fast.policies import find_schedule
+from infobatch_fast.train.cli import say
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.records import EpochLine, Summary
 
@@ -165,8 +166,8 @@ def epoch_line(line: EpochLine, settings: Config, samples: int) -> str:
     return "  ".join(part for part, shown in parts.items() if shown)
 
 
-def summary_lines(summary: Summary, settings: Config, folder: Path) -> list[str]:
-    """The results of a finished run."""
+def tell(summary: Summary, settings: Config, folder: Path) -> None:
+    """Say the results of a finished run."""
     full = summary.samples_trained + summary.samples_saved
     target, phases = summary.target_saving, summary.phases or {}
     reached = target is not None and summary.saved_share >= target - REACHED
@@ -193,10 +194,11 @@ def summary_lines(summary: Summary, settings: Config, folder: Path) -> list[str]
         "run": f"{folder}: config.json, epochs.jsonl, summary.json, checkpoint.pt, model.pt, "
         "arrays of the samples (.npy)",
     }
-    told = [f"{name:10} {text}" for name, text in lines.items() if text]
+    for name, text in lines.items():
+        if text:
+            say(f"{name:10} {text}")
     if summary.data == "synthetic":
-        told.append("WARNING: this was SYNTHETIC data; the accuracy says nothing of CIFAR-10")
-    return told
+        say("WARNING: this was SYNTHETIC data; the accuracy says nothing of CIFAR-10")
 
 
 def _time(summary: Summary) -> str:

@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,15 @@ import torch
 import infobatch_fast
 from infobatch_fast.errors import UserError
 from infobatch_fast.telemetry import nvml
-from infobatch_fast.train.records import BAD, CHECKPOINT, CONFIG, EPOCHS, atomically, doing
+from infobatch_fast.train.records import (
+    BAD,
+    CHECKPOINT,
+    CONFIG,
+    EPOCHS,
+    atomically,
+    doing,
+    make_folder,
+)
 
 CHECKPOINT_VERSION = 1
 
@@ -54,15 +61,23 @@ def check_empty(folder: Path) -> None:
         )
 
 
-def discard(folder: Path, made: bool) -> None:
-    """Take back a run that has recorded nothing yet, and the folder itself if it was `made`."""
-    if any((folder / name).exists() for name in (EPOCHS, CHECKPOINT)):
-        return
-    with suppress(OSError):
-        for path in chain.from_iterable(map(folder.glob, (CONFIG, BAD, "events.out.tfevents.*"))):
-            path.unlink()
-        if made:
-            folder.rmdir()
+@contextmanager
+def begun(folder: Path) -> Iterator[None]:
+    """Keep a new run's folder; where the block fails and has recorded nothing, take it back."""
+    made = make_folder(folder)
+    with locked(folder):
+        check_empty(folder)
+        try:
+            yield
+        except Exception:  # the mended command may name the same folder
+            if not any((folder / name).exists() for name in (EPOCHS, CHECKPOINT)):
+                with suppress(OSError):
+                    for name in (CONFIG, BAD, "events.out.tfevents.*"):
+                        for path in folder.glob(name):
+                            path.unlink()
+                    if made:
+                        folder.rmdir()
+            raise
 
 
 def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from infobatch_fast.train.logs import make_log
 from infobatch_fast.train.models import make_model
 from infobatch_fast.train.optim import make_optimizer
 from infobatch_fast.train.own import failed
-from infobatch_fast.train.records import Summary
 from infobatch_fast.train.schedule import mixup_share, one_cycle
 from infobatch_fast.train.step import AUTOCAST, TrainStep
 
@@ -44,8 +43,8 @@ def train(
     folder: Path,
     saved: dict[str, Any] | None,
     ranks: Ranks,
-) -> Summary:
-    """Train from `saved` on, keeping the run's folder up to date, and return the summary.
+) -> None:
+    """Train from `saved` on, keep the run's folder up to date, and tell the results.
 
     Raises:
         Diverged: too many steps were not finite.
@@ -138,9 +137,8 @@ def train(
                 ledger.stop(signal if epoch + 1 < epochs else 0)
     ranks.interrupts.deferred = False
     captured = isinstance(advance, GraphStep) and advance.captured
-    return ledger.finish(
-        data, compiled=step.compiled, captured=captured, loader=type(loader).__name__
-    )
+    forms = {"compiled": step.compiled, "captured": captured, "loader": type(loader).__name__}
+    console.tell(ledger.finish(data, **forms), settings, folder)
 
 
 def _made(
