@@ -36,22 +36,15 @@ class Dataset:
         """A share in (0, 1] of the training images, at least one: the same for every seed."""
         if fraction == 1:
             return self
-        some = self._order()[: max(1, round(fraction * self.labels.numel()))].sort().values
-        return replace(self, images=self.images[some], labels=self.labels[some])
+        return self._of(self._order()[: max(1, round(fraction * self.labels.numel()))])
 
     def with_validation(self, number: int) -> "Dataset":
         """With training images held out, the same for every seed, in the place of the test set."""
         if number == 0:
             return self
         order = self._order()
-        kept, held = order[:-number].sort().values, order[-number:].sort().values
-        return replace(
-            self,
-            images=self.images[kept],
-            labels=self.labels[kept],
-            test_images=self.images[held],
-            test_labels=self.labels[held],
-        )
+        kept, held = self._of(order[:-number]), self._of(order[-number:])
+        return replace(kept, test_images=held.images, test_labels=held.labels)
 
     def with_label_noise(self, share: float, seed: int) -> "Dataset":
         """With that share of the training labels wrong, each another class with equal chances."""
@@ -64,6 +57,11 @@ class Dataset:
         labels = self.labels.clone()
         labels[wrong] = (labels[wrong] + other) % self.num_classes
         return replace(self, labels=labels)
+
+    def _of(self, some: Tensor) -> "Dataset":
+        """These of the training samples, in the order that they have here."""
+        some = some.sort().values
+        return replace(self, images=self.images[some], labels=self.labels[some])
 
     def _order(self) -> Tensor:
         """Of the training samples, at random."""

@@ -24,18 +24,15 @@ def make_model(
     torchvision's; timm's networks and the user's have their own. torch's global generator stays as
     it is.
     """
-    if ":" in name:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
-            return own_model(name, num_classes, dict.fromkeys((sides, test_sides or sides)))
-    # Built without storage: torchvision's own initialisation draws nothing and costs nothing.
-    with torch.device("meta"):
-        small = name == "small"
-        model = SmallResNet(num_classes) if small else _resnet(name, num_classes, min(sides))
-    model.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
-        for module in model.modules():
+        if ":" in name:
+            return own_model(name, num_classes, dict.fromkeys((sides, test_sides or sides)))
+        # Built without storage: torchvision's own initialisation draws nothing and costs nothing.
+        with torch.device("meta"):
+            small = name == "small"
+            model = SmallResNet(num_classes) if small else _resnet(name, num_classes, min(sides))
+        for module in model.to_empty(device="cpu").modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
                 module.reset_parameters()
     return model

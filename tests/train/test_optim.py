@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from steps_made import assert_same
 from torch import Tensor, nn
 
 from infobatch_fast.train.optim import LAMB, LARS, OPTIMIZERS, make_optimizer
@@ -89,11 +90,6 @@ def build(kind: str, params: Any) -> Any:
 
 def snapshot(params: list[Any], optimizer: Any) -> Any:
     return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()["state"])
-
-
-def assert_same(one: Any, other: Any) -> None:
-    """Bit for bit equal parameters and state."""
-    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["lars", "lamb"])
