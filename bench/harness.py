@@ -46,7 +46,7 @@ from infobatch_fast.report.lines import Line
 from infobatch_fast.report.runs import device_of
 from infobatch_fast.report.text import markdown
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Interrupted, Say, command, is_out_of_memory, parse
+from infobatch_fast.train.cli import Interrupted, command, is_out_of_memory, parse, say
 from infobatch_fast.train.loop import find_device
 from infobatch_fast.train.records import make_folder, write_atomically
 
@@ -233,9 +233,9 @@ class Bench:
     """
 
     def __init__(
-        self, path: Path, device: torch.device, options: Mapping[str, Any], say: Say, quick: bool
+        self, path: Path, device: torch.device, options: Mapping[str, Any], quick: bool
     ) -> None:
-        self.path, self.device, self.say, self.quick = path, device, say, quick
+        self.path, self.device, self.quick = path, device, quick
         self.lines: list[Line] = []
         self.limits: dict[Any, float] = {}
         self.options = dict(options)
@@ -314,7 +314,7 @@ class Bench:
             else:
                 line = self._add_side(part, of, ready[name], took[name])
             cells.append(f"{', '.join(name) if outer else name} {cell(line)}")
-        self.say(f"{label}: {'; '.join(cells)}")
+        say(f"{label}: {'; '.join(cells)}")
         return {name: values for name, values in took.items() if name not in failed}
 
     def compare_pair(
@@ -339,7 +339,7 @@ class Bench:
         more = {f"{end}_seconds": gap[end] for end in ("low", "high")}
         more |= {f"{name}_percent": value / base for name, value in gap.items()}
         line = self.add(part, of, "s", {"median": gap["median"], "count": len(first)}, more)
-        self.say(f"{part:10} {words(of)}: {cell(line)}")
+        say(f"{part:10} {words(of)}: {cell(line)}")
         return took
 
     def add(
@@ -413,7 +413,7 @@ class Bench:
         rate = work / min(took[what])
         self.limits[key] = max(rate, self.limits.get(key, 0.0))
         line = self.add("limits", {"limit": what}, unit, {"median": rate, "count": 1})
-        self.say(f"{'limits':10} {what}: {cell(line)}")
+        say(f"{'limits':10} {what}: {cell(line)}")
 
     def finish(self) -> None:
         """Say of each line that the benchmark ended as it should."""
@@ -467,7 +467,7 @@ def main(
     """
     given = sys.argv[1:] if arguments is None else arguments
 
-    def body(_: object, say: Say) -> None:
+    def body(_: object) -> None:
         options = parse(kind, given, f"python bench/{name}.py", kind())
         load = os.getloadavg()[0]  # of others: our own work begins below
         device = find_device(options.device)
@@ -478,7 +478,7 @@ def main(
         record.check_empty(folder)
         asked = {key: value for key, value in asdict(options).items() if key != "out"}
         asked |= {"load_average": load, "cores": os.cpu_count() or 1}
-        bench = Bench(folder / f"{name}.jsonl", device, asked, say, options.quick)
+        bench = Bench(folder / f"{name}.jsonl", device, asked, options.quick)
         plot = folder / f"{name}.png"
         torch.backends.cudnn.benchmark = True  # as the trainer has it
         say(f"{'device':10} {device_of(record.describe(device))}: all figures are of it")

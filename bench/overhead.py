@@ -31,6 +31,7 @@ from infobatch_fast import InfoBatch
 from infobatch_fast.errors import UserError
 from infobatch_fast.telemetry.nvml import Nvml
 from infobatch_fast.telemetry.phases import Phases
+from infobatch_fast.train.cli import say
 
 TITLES = {
     "step": "A training step with InfoBatch and without; their difference, with its 95% interval",
@@ -109,7 +110,7 @@ def measure_step(
         pair = WithAndWithout(model, optimizer, form, infobatch, size, options.seed)
     except Exception as error:  # no compiler, no capture, no memory: its row says what
         bench.add_absent("step", case, why := said(error))
-        bench.say(f"{'step':10} {name}: {why}")
+        say(f"{'step':10} {name}: {why}")
         return None
     count = (50 if form.graph else 20) if cuda else 1  # the host runs ahead of a GPU
     sides = {side: partial(pair.side, side, count) for side in ("with", "without")}

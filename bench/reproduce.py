@@ -34,7 +34,7 @@ from infobatch_fast.errors import UserError, reason
 from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.report.text import markdown
 from infobatch_fast.train import queue
-from infobatch_fast.train.cli import Say, command, complain, parse
+from infobatch_fast.train.cli import command, complain, parse, say
 
 TABLES = ("accuracy", "cost", "ablation", "policies", "budget")
 BUDGETS = (0.75, 0.625, 0.5)
@@ -197,7 +197,7 @@ def plan_lines(plan: Sequence[queue.Planned]) -> Iterator[str]:
         yield "X          as many as see the samples of its table's pruned run, once that is done"
 
 
-def timed_pace(options: Options, say: Say) -> float | None:
+def timed_pace(options: Options) -> float | None:
     """Seconds of a pass over the data, from two epochs on a little of it; None if that fails."""
     fraction = min(TIMED, options.scale)
     say(f"timing     two epochs of {fraction:g} of the data, as no run is done yet")
@@ -213,7 +213,7 @@ def timed_pace(options: Options, say: Say) -> float | None:
     return seconds * options.scale / fraction + summary.evaluation_seconds / 2
 
 
-def run(arguments: Sequence[str], say: Say) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Plan, train what is left, and report."""
     words, extra = list(arguments), []
     if "--" in words:
@@ -229,12 +229,12 @@ def run(arguments: Sequence[str], say: Say) -> None:
             if planned.words and not planned.summary:
                 how = [*planned.words, "--out", str(options.out / planned.name), *options.place]
                 say(shlex.join(["python", *queue.TRAIN[1:], *how]))
-        say(f"estimate   {queue.estimate(plan, lambda: timed_pace(options, say))}")
+        say(f"estimate   {queue.estimate(plan, lambda: timed_pace(options))}")
         return
     say(f"estimate   {queue.estimate(plan)}")
-    failed = queue.train(lambda: make_plan(options), options.out, options.place, say)
+    failed = queue.train(lambda: make_plan(options), options.out, options.place)
     words = [str(options.out), "--out", str(options.out / "report")]
-    queue.report(make_plan(options), failed, words, say)
+    queue.report(make_plan(options), failed, words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         hint = "pass a lower --batch-size to the trainer, after --"
-        return command(lambda _, say: run(words, say), hint)
+        return command(lambda _: run(words), hint)
     except queue.Failed as error:
         return complain(f"error: {error}", 1)
     except OSError as error:

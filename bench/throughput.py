@@ -32,6 +32,7 @@ from infobatch_fast.data.loader import make_loader
 from infobatch_fast.data.synthetic import make_synthetic
 from infobatch_fast.errors import UserError
 from infobatch_fast.plan import Plan
+from infobatch_fast.train.cli import say
 from infobatch_fast.train.loop import available_cores
 
 TITLES = {
@@ -163,7 +164,7 @@ def measure_training(
     options = {"mean": data.mean, "std": data.std, "seed": seed}
     loader, note = make_loader("auto", here.images, here.labels, batch_size, **options)
     if note:
-        bench.say(note)
+        say(note)
     steps = min(50 if cuda else 1 if bench.quick else 5, len(plan) // batch_size)
     more = {"loader": type(loader).__name__, "call_steps": steps}
 

@@ -78,7 +78,7 @@ class Pipelined(Loader):
 
     def _start(self, plan: "Plan", first: int) -> None:
         """Serve the samples from position first on."""
-        raise NotImplementedError
+        self._epoch, self._positions = plan.epoch, plan.positions("cpu")[first:]
 
     def _output(self, plan: "Plan", start: int) -> Any:
         """The next batch's, whose first sample is at position start."""
@@ -146,8 +146,7 @@ class DaliLoader(Pipelined, ResidentLoader):
         self._pipeline.build()
 
     def _start(self, plan: "Plan", first: int) -> None:
-        """Serve the samples from position first on."""
-        self._epoch, self._positions = plan.epoch, plan.positions("cpu")[first:]
+        super()._start(plan, first)
         self._indices = plan.indices[first:]
         if self._stream is not None:
             # The images were padded and the plan was drawn in the consumer's stream.

@@ -68,9 +68,9 @@ class DaliFolderLoader(Pipelined):
         return {"device": "cpu"}
 
     def _start(self, plan: "Plan", first: int) -> None:
+        super()._start(plan, first)
         self._indices = plan.indices[first:].cpu()  # the epoch's one host sync
-        self._first, self._epoch = first, plan.epoch
-        self._positions = plan.positions("cpu")[first:]
+        self._first = first
         self._reading: dict[int, Iterator[Any]] = {}
 
     def _encoded(self, number: int) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from infobatch_fast.report.plots import plots
 from infobatch_fast.report.read import Inputs, read
 from infobatch_fast.report.runs import sections
 from infobatch_fast.report.tables import answer, budget_table, reported_tables, run_table
-from infobatch_fast.train.cli import Say, command, complain, parse
+from infobatch_fast.train.cli import command, complain, parse, say
 from infobatch_fast.train.records import make_folder, write_atomically
 
 NAMES = ("report.md", "report.html")
@@ -68,7 +68,7 @@ def compose(inputs: Inputs) -> tuple[list[Block], list[Block]]:
     return first, rest
 
 
-def run(arguments: Sequence[str], say: Say) -> None:
+def run(arguments: Sequence[str]) -> None:
     """The command line: read, compose, write."""
     options = parse(Options, arguments, "python -m infobatch_fast.report", Options())
     if not options.runs:
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str], say: Say) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    return command(lambda _, say: run(words, say), "report fewer runs at a time")
+    return command(lambda _: run(words), "report fewer runs at a time")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from infobatch_fast.errors import UserError, reason
 from infobatch_fast.telemetry.syncs import HostSync
 from infobatch_fast.train import config, console, records
 from infobatch_fast.train import folder as record
-from infobatch_fast.train.cli import Interrupts, Say, command, complain, say
+from infobatch_fast.train.cli import Interrupts, command, complain, say
 from infobatch_fast.train.compare import compare
 from infobatch_fast.train.config import Config
 from infobatch_fast.train.distributed import Ranks
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     ranks, code = Ranks(), 1
 
-    def body(interrupts: Interrupts, _: Say) -> None:
+    def body(interrupts: Interrupts) -> None:
         ranks.interrupts = interrupts
         with ranks:
             run(words, ranks)

@@ -16,7 +16,6 @@ import infobatch_fast
 from infobatch_fast.errors import UserError, reason
 
 OptionsT = TypeVar("OptionsT")
-Say = Callable[[str], None]
 
 
 class Interrupted(BaseException):
@@ -65,14 +64,14 @@ class Interrupts:
 
 
 def command(
-    body: Callable[[Interrupts, Say], None],
+    body: Callable[[Interrupts], None],
     out_of_memory: str,
     tells: Callable[[], bool] = lambda: True,
 ) -> int:
     """Run a command's body and return the exit code; whatever ends it is told in one line.
 
     Args:
-        body: gets the signals, and what shows a line to the user.
+        body: gets the signals.
         out_of_memory: what to lower where memory ran out.
         tells: whether this process is the one to complain.
     """
@@ -84,7 +83,7 @@ def command(
             stream.reconfigure(errors="backslashreplace")  # a folder's name in a terminal's ASCII
     try:
         with Interrupts() as interrupts:
-            body(interrupts, say)
+            body(interrupts)
     except UserError as error:
         message, code = f"error: {error}", 2
     except Interrupted as stop:

@@ -43,10 +43,10 @@ def compare(asked: Config, settings: Config) -> None:
             f"{counted} each: {len(plan)} runs in {out}"
         )
         say(f"estimate   {estimate(plan)}")
-        failed = train(lambda: _plan(asked, settings, out), out, place, say)
+        failed = train(lambda: _plan(asked, settings, out), out, place)
         plan = _plan(asked, settings, out)
         folders = [str(out / planned.name) for planned in plan if planned.about]
-        report(plan, failed, [*folders, "--brief", "--out", str(out / "report")], say)
+        report(plan, failed, [*folders, "--brief", "--out", str(out / "report")])
     except OSError as error:
         raise UserError(reason(error)) from None
 

@@ -20,7 +20,7 @@ from typing import Any
 from infobatch_fast.errors import UserError
 from infobatch_fast.pruning import FULL, Pruning
 from infobatch_fast.train import records
-from infobatch_fast.train.cli import Interrupted, Say
+from infobatch_fast.train.cli import Interrupted, say
 
 TRAIN = (sys.executable, "-m", "infobatch_fast.train")
 REPORT = (sys.executable, "-m", "infobatch_fast.report")
@@ -146,7 +146,7 @@ def estimate(plan: Sequence[Planned], timed: Callable[[], float | None] = lambda
 
 
 def train(
-    make_plan: Callable[[], Sequence[Planned]], out: Path, place: Sequence[str], say: Say
+    make_plan: Callable[[], Sequence[Planned]], out: Path, place: Sequence[str]
 ) -> dict[str, str]:
     """Train what is left, one run after the other; returns why runs failed, by their names.
 
@@ -194,9 +194,7 @@ def train(
             say(f"{prefix} failed: {why}; see {log}")
 
 
-def report(
-    plan: Sequence[Planned], failed: Mapping[str, str], words: Sequence[str], say: Say
-) -> None:
+def report(plan: Sequence[Planned], failed: Mapping[str, str], words: Sequence[str]) -> None:
     """Report, by the report's words, and tell what is not done.
 
     Raises:

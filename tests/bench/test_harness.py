@@ -38,7 +38,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def bench(tmp_path):
-    return Bench(tmp_path / "a_bench.jsonl", CPU, ASKED, lambda line: None, quick=False)
+    return Bench(tmp_path / "a_bench.jsonl", CPU, ASKED, quick=False)
 
 
 def lasting(clock, *seconds: float, **of) -> Side:

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def bench(tmp_path):
     asked = {"load_average": 0.0, "cores": 2}
-    made = Bench(tmp_path / "a.jsonl", CPU, asked, lambda line: None, quick=True)
+    made = Bench(tmp_path / "a.jsonl", CPU, asked, quick=True)
     made.limits = {"copy": 1e9, torch.float32: 1e9}
     return made
 

@@ -108,8 +108,10 @@ LINE = EpochLine(
 
 def test_epochs_are_appended_and_read_back(tmp_path) -> None:
     path = tmp_path / "epochs.jsonl"
-    for _ in range(2):
-        write_epochs(path, [LINE], "a")
+    write_epochs(path, [LINE], "a")
+    inode = path.stat().st_ino
+    write_epochs(path, [LINE], "a")
+    assert path.stat().st_ino == inode  # no file took the place of the first
     rows = path.read_text().splitlines()
     assert [parse(EpochLine, read_object(row, "line"), "line") for row in rows] == [LINE, LINE]
     older = {k: v for k, v in json.loads(rows[0]).items() if k != "startup_seconds"}
