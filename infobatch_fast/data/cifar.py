@@ -228,7 +228,7 @@ def _download(name: str, form: Form, folder: Path) -> None:
     """Put the Python form into `folder`, quietly: whole, or nothing of it."""
     from torchvision.datasets.utils import download_url
 
-    published, silence = _torchvision(name), io.StringIO()
+    published, silence, made = _torchvision(name), io.StringIO(), not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     try:
@@ -243,3 +243,6 @@ def _download(name: str, form: Form, folder: Path) -> None:
                 place.rename(folder / form.folder)
     finally:
         socket.setdefaulttimeout(timeout)
+        if made:
+            with contextlib.suppress(OSError):  # it holds the data, as it should
+                folder.rmdir()
